@@ -1,0 +1,3 @@
+"""brainseg: brain tumour segmentation in MRI, on a Ray cluster, from training to the cohort's report."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,329 @@
+"""Aggregate: the metrics of many scans, to one region's summary, its interval, and the comparison of two runs.
+
+It stands between the `metrics` table and the report. A mean without its rule means nothing, so a summary carries the
+rule and the counts of `missed`, `spurious` and `both_empty` beside every mean:
+
+- `exclude` (default): scans whose label and prediction are both empty are left out.
+- `brats`: they count 1 in every overlap ratio and 0 in HD95, and an infinite HD95 counts 373.13 mm.
+
+A patient who is not named (null) is taken to be a patient of one scan; `num_unnamed` says how many there were.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import wilcoxon
+
+Floats = NDArray[np.float64]
+Rule = Literal["exclude", "brats"]
+
+STATES = ("both", "missed", "spurious", "both_empty", "no_label")
+OVERLAP = ("dice", "iou", "precision", "recall", "specificity", "accuracy")
+SURFACE = ("nsd_1mm", "nsd_2mm", "nsd_1px", "nsd_2px")
+COUNTS = ("tp", "fp", "fn")
+NUMBERS = (
+    *OVERLAP,
+    *SURFACE,
+    *COUNTS,
+    "hd95_mm",
+    "hd95_px",
+    "prediction_volume_mm3",
+    "volume_error_mm3",
+    "volume_error_relative",
+)
+
+BRATS_INFINITE_MM = 373.13
+"""What the BraTS challenges put for an HD95 without a second surface: the diagonal of 240 x 240 x 155 mm."""
+
+DRAWS_AT_ONCE = 2_000_000
+"""Bootstrap picks held in memory at one time (16 MB of indices)."""
+
+MANY_PATIENTS = 10_000
+"""Above this the resampled sums are drawn from the normal law that they converge to; see `bootstrap_interval`."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean, median and quartiles over `num` values; all None over none."""
+
+    num: int
+    mean: float | None
+    median: float | None
+    q1: float | None
+    q3: float | None
+
+
+@dataclass(frozen=True)
+class Distances:
+    """HD95 of a region: median and quartiles over all `num` values, infinite ones included; the mean over finite ones."""
+
+    num: int
+    num_infinite: int
+    median: float | None
+    q1: float | None
+    q3: float | None
+    mean_finite: float | None
+
+
+@dataclass(frozen=True)
+class RegionSummary:
+    """One region over a cohort. Unless its name says otherwise a figure weighs scans equally.
+
+    `num_rows` all scans; `num_labelled` those with a label; `num_scored` those behind the mean Dice under `rule`.
+    `num_scored + states["both_empty"] + states["no_label"] == num_rows` under `exclude`.
+    """
+
+    region: str
+    rule: Rule
+    num_rows: int
+    num_labelled: int
+    num_scored: int
+    num_patients: int
+    num_unnamed: int
+    states: Mapping[str, int]
+    dice: Spread
+    iou: Spread
+    precision: Spread
+    recall: Spread
+    specificity: Spread
+    accuracy: Spread
+    nsd_1mm: Spread
+    nsd_2mm: Spread
+    nsd_1px: Spread
+    nsd_2px: Spread
+    hd95_mm: Distances
+    hd95_px: Distances
+    volume_error_ml: Spread
+    volume_error_relative: Spread
+    pooled_dice: float | None
+    patient_mean_dice: float | None
+
+    def mean_with_failures_zero(self, num_failed: int) -> float | None:
+        """Mean Dice where `num_failed` further scans, which never gave a mask, count 0; None over no scan at all."""
+        num = self.num_scored + num_failed
+        return (self.dice.mean or 0.0) * self.num_scored / num if num else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs on the same scans: `difference` is the mean of a - b over scans, with its 95 % interval.
+
+    `wilcoxon_p` is two-sided, on the patients' mean differences, because scans of one patient are not independent.
+    """
+
+    num_pairs: int
+    num_patients: int
+    difference: float
+    interval: tuple[float, float]
+    wilcoxon_p: float
+
+
+# --- summaries ------------------------------------------------------------------------------------------------------
+
+
+def aggregate(rows: Sequence[Mapping[str, Any]] | pa.Table, *, rule: Rule = "exclude") -> dict[str, RegionSummary]:
+    """Summarise rows of the `metrics` table (mappings, or the Arrow table itself) region by region, in order of appearance.
+
+    A row needs `region`, `patient_id`, `state` and the numbers of `tables.REGION`; a missing number counts as null.
+    """
+    if rule not in ("exclude", "brats"):
+        raise ValueError(f"rule is '{rule}', expected 'exclude' or 'brats'")
+    texts, numbers = _columns(rows)
+    regions, codes = _codes(texts["region"])
+    out = {}
+    for code, region in enumerate(regions):
+        chosen = np.flatnonzero(codes == code)
+        part = {name: column[chosen] for name, column in numbers.items()}
+        out[region] = _summarise(region, rule, texts["state"][chosen], texts["patient_id"][chosen], part)
+    return out
+
+
+def _columns(rows: Sequence[Mapping[str, Any]] | pa.Table) -> tuple[dict[str, NDArray[Any]], dict[str, Floats]]:
+    """The text columns as object arrays and the numbers as float arrays with NaN for null."""
+    names = ("region", "state", "patient_id")
+    if isinstance(rows, pa.Table):
+        texts = {name: rows.column(name).to_numpy() for name in names}
+        present = [name for name in NUMBERS if name in rows.column_names]
+        found = {name: rows.column(name).cast(pa.float64()).to_numpy() for name in present}
+        return texts, {name: found.get(name, np.full(len(rows), np.nan)) for name in NUMBERS}
+    texts = {name: np.array([row[name] for row in rows], dtype=object) for name in names}
+    return texts, {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in NUMBERS}
+
+
+def _codes(values: Sequence[Any] | NDArray[Any]) -> tuple[list[Any], NDArray[np.int64]]:
+    """Number the distinct values from 0 in order of appearance."""
+    seen: dict[Any, int] = {}
+    codes = np.fromiter((seen.setdefault(value, len(seen)) for value in values), np.int64, len(values))
+    return list(seen), codes
+
+
+def _patient_codes(patients: Sequence[Any] | NDArray[Any]) -> NDArray[np.int64]:
+    """Number the patients; every null is a patient of its own."""
+    return _codes([object() if patient is None else patient for patient in patients])[1]
+
+
+def _summarise(
+    region: str, rule: Rule, states: NDArray[Any], patients: NDArray[Any], numbers: dict[str, Floats]
+) -> RegionSummary:
+    counts = {state: int(np.count_nonzero(states == state)) for state in STATES}
+    columns = _with_rule(rule, states == "both_empty", numbers)
+    dice = columns["dice"]
+    codes = _patient_codes(patients)
+    return RegionSummary(
+        region=region,
+        rule=rule,
+        num_rows=len(states),
+        num_labelled=len(states) - counts["no_label"],
+        num_scored=int(np.count_nonzero(~np.isnan(dice))),
+        num_patients=int(codes.max(initial=-1)) + 1,
+        num_unnamed=sum(patient is None for patient in patients),
+        states=counts,
+        hd95_mm=_distances(columns["hd95_mm"]),
+        hd95_px=_distances(columns["hd95_px"]),
+        volume_error_ml=_spread(columns["volume_error_mm3"] / 1000),
+        volume_error_relative=_spread(columns["volume_error_relative"]),
+        pooled_dice=_pooled_dice(*(np.nansum(columns[name]) for name in COUNTS)),
+        patient_mean_dice=_mean(_patient_means(dice, codes)),
+        **{name: _spread(columns[name]) for name in (*OVERLAP, *SURFACE)},
+    )
+
+
+def _with_rule(rule: Rule, both_empty: NDArray[np.bool_], numbers: dict[str, Floats]) -> dict[str, Floats]:
+    """Apply a rule to both-empty scans and infinite distances. Pixels have no agreed stand-in, so infinite ones stay."""
+    hidden = {name: np.where(both_empty, np.nan, numbers[name]) for name in (*OVERLAP, "hd95_mm", "hd95_px")}
+    if rule == "exclude":
+        return numbers | hidden
+    in_mm = ~np.isnan(numbers["prediction_volume_mm3"])
+    hd95_mm = np.where(np.isposinf(hidden["hd95_mm"]), BRATS_INFINITE_MM, hidden["hd95_mm"])
+    return {
+        **numbers,
+        **{name: np.where(both_empty, 1.0, numbers[name]) for name in OVERLAP},
+        "hd95_mm": np.where(both_empty & in_mm, 0.0, hd95_mm),
+        "hd95_px": np.where(both_empty & ~in_mm, 0.0, hidden["hd95_px"]),
+    }
+
+
+def _spread(values: Floats) -> Spread:
+    known = np.sort(values[~np.isnan(values)])
+    median, q1, q3 = (_quantile(known, q) for q in (0.5, 0.25, 0.75))
+    return Spread(known.size, _mean(known), median, q1, q3)
+
+
+def _distances(values: Floats) -> Distances:
+    known = np.sort(values[~np.isnan(values)])
+    finite = known[np.isfinite(known)]
+    median, q1, q3 = (_quantile(known, q) for q in (0.5, 0.25, 0.75))
+    return Distances(known.size, known.size - finite.size, median, q1, q3, _mean(finite))
+
+
+def _mean(values: Floats) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def _quantile(ordered: Floats, q: float) -> float | None:
+    """The linear quantile of ascending values, which may end in infinities; numpy's own makes NaN of those."""
+    if not ordered.size:
+        return None
+    position = q * (ordered.size - 1)
+    below = int(position)
+    low, high, share = float(ordered[below]), float(ordered[min(below + 1, ordered.size - 1)]), position - below
+    return low if share == 0 or low == high else low + (high - low) * share
+
+
+def _pooled_dice(tp: float, fp: float, fn: float) -> float | None:
+    """Dice of all voxels together: large tumours weigh more than small ones."""
+    whole = 2 * tp + fp + fn
+    return float(2 * tp / whole) if whole else None
+
+
+def _patient_means(values: Floats, codes: NDArray[np.int64]) -> Floats:
+    """Mean within each patient who has a value."""
+    sums, counts = _patient_sums(values, codes)
+    return sums / counts
+
+
+def _patient_sums(values: Floats, codes: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Sum and number of the values of each patient who has one, nulls left out."""
+    known = ~np.isnan(values)
+    sums = np.bincount(codes[known], weights=values[known]).astype(np.float64)
+    counts = np.bincount(codes[known]).astype(np.float64)
+    return sums[counts > 0], counts[counts > 0]
+
+
+# --- intervals ------------------------------------------------------------------------------------------------------
+
+
+def bootstrap_interval(
+    values: ArrayLike, patients: Sequence[str | None] | NDArray[Any], *, seed: int = 0, draws: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over scans, resampled by patient; nulls (None, NaN) are left out.
+
+    A draw takes as many patients as there are, with replacement, each with all their scans, and divides the drawn scans'
+    sum by their number. Beyond `MANY_PATIENTS` the pair (sum, number) is drawn from its limit, the normal law of equal
+    mean and covariance: the error is below the noise of 10,000 draws and the cost no longer grows with the cohort.
+    Fewer than two patients have no interval: (nan, nan). An infinite value makes bounds infinite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) != len(patients):
+        raise ValueError(f"{len(array)} values for {len(patients)} patients; expected one patient a value")
+    sums, counts = _patient_sums(array, _patient_codes(patients))
+    if sums.size < 2:
+        return float("nan"), float("nan")
+    if sums.size > MANY_PATIENTS and not np.isfinite(sums).all():
+        return float("inf"), float("inf")
+    rng = np.random.default_rng(seed)
+    draw = _resampled if sums.size <= MANY_PATIENTS else _resampled_in_the_limit
+    means = np.sort(draw(sums, counts, draws, rng))
+    tail = (1 - level) / 2
+    low, high = (_quantile(means, q) for q in (tail, 1 - tail))
+    return float(low or 0.0), float(high or 0.0)
+
+
+def _resampled(sums: Floats, counts: Floats, draws: int, rng: np.random.Generator) -> Floats:
+    """Means of resampled patients, a chunk of draws at a time."""
+    step = max(1, DRAWS_AT_ONCE // sums.size)
+    means = np.empty(draws, np.float64)
+    for start in range(0, draws, step):
+        picks = rng.integers(sums.size, size=(min(step, draws - start), sums.size))
+        means[start : start + step] = sums[picks].sum(axis=1) / counts[picks].sum(axis=1)
+    return means
+
+
+def _resampled_in_the_limit(sums: Floats, counts: Floats, draws: int, rng: np.random.Generator) -> Floats:
+    """Means whose numerator and denominator are jointly normal, as those of very many resampled patients are."""
+    pairs = np.stack([sums, counts])
+    drawn = rng.multivariate_normal(pairs.sum(axis=1), np.cov(pairs, bias=True) * sums.size, size=draws, method="eigh")
+    means: Floats = drawn[:, 0] / drawn[:, 1]
+    return means
+
+
+def paired_comparison(
+    values_a: ArrayLike,
+    values_b: ArrayLike,
+    patients: Sequence[str | None] | NDArray[Any],
+    *,
+    seed: int = 0,
+    draws: int = 10_000,
+) -> Comparison:
+    """Compare two runs scan by scan (a - b); pairs in which either is null are left out.
+
+    Raises ValueError for infinite values: give infinite distances their stand-in first, or they decide everything.
+    """
+    a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
+    if a.shape != b.shape or len(a) != len(patients):
+        raise ValueError(f"{len(a)} and {len(b)} values for {len(patients)} patients; expected one of each a scan")
+    if np.isinf(a).any() or np.isinf(b).any():
+        raise ValueError("an infinite value cannot be compared; replace it by a stand-in first")
+    differences = a - b
+    means = _patient_means(differences, _patient_codes(patients))
+    return Comparison(
+        num_pairs=int(np.count_nonzero(~np.isnan(differences))),
+        num_patients=means.size,
+        difference=float(np.nanmean(differences)) if means.size else float("nan"),
+        interval=bootstrap_interval(differences, patients, seed=seed, draws=draws),
+        wilcoxon_p=float(wilcoxon(means).pvalue) if means.any() else 1.0,
+    )

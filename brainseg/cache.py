@@ -1,0 +1,193 @@
+"""Cache: decoded scans on disk, written once, read by every epoch of a training.
+
+A *shard* is one file of raw voxels of several scans: each scan's crop in its stored type, then its region masks, one bit
+a region. Its entries say where; a list of entries is the index. `SampleSet` turns an index into batches on the model
+grid, holding prepared slices in memory where they fit and reading through memory maps where they do not.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brainseg import storage
+from brainseg.config import TrainConfig
+from brainseg.errors import Code, ScanError
+from brainseg.geometry import to_canonical
+from brainseg.prepare import (
+    Plan,
+    gather_context,
+    model_masks,
+    model_slices,
+    plan_scan,
+    select_modalities,
+    to_tensor,
+)
+from brainseg.regions import LabelMap, label_map
+from brainseg.scans import Scan
+
+MEMORY_BUDGET_BYTES = 4 << 30
+"""Prepared slices are kept in a worker's memory up to this much."""
+MASK_SCALE = 255
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one scan lies in a shard, and how its slices are prepared."""
+
+    scan_id: str
+    shard: str
+    offset: int
+    dtype: str
+    shape: tuple[int, int, int, int]  # (C, D, h, w)
+    plan: Plan
+    foreground: tuple[int, ...]  # slices that hold any region
+
+    @property
+    def image_bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "plan": self.plan.to_json()}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "Entry":
+        c, d, h, w = body["shape"]
+        fields = {**body, "shape": (c, d, h, w), "plan": Plan.from_json(body["plan"]), "foreground": tuple(body["foreground"])}
+        return cls(**fields)
+
+
+def region_bits(scan: Scan, names: Sequence[str], meaning: LabelMap) -> NDArray[np.uint8]:
+    """Return the canonical crop of the label with one bit a region, `(D, h, w)`; ScanError MISSING_FILE without a label."""
+    if scan.label is None:
+        raise ScanError(Code.MISSING_FILE, f"{scan.scan_id}: no label, expected one to train on")
+    inside = scan.label[tuple(slice(a, b) for a, b in scan.box)]
+    masks = meaning.masks(to_canonical(inside, scan.grid), names)
+    bits = np.zeros(masks.shape[1:], np.uint8)
+    for row, mask in enumerate(masks):
+        bits |= mask.astype(np.uint8) << np.uint8(row)
+    return bits
+
+
+def write_shard(scans: Sequence[tuple[Scan, str]], uri: str, config: TrainConfig) -> list[Entry]:
+    """Write (scan, label map name) pairs as one shard and return their entries. The whole file appears at once."""
+    parts: list[bytes] = []
+    entries: list[Entry] = []
+    offset = 0
+    for scan, meaning in scans:
+        crop, _ = select_modalities(scan, config.modalities)
+        bits = region_bits(scan, config.regions, label_map(meaning))
+        c, d, h, w = crop.shape
+        entries.append(
+            Entry(
+                scan_id=scan.scan_id,
+                shard=uri,
+                offset=offset,
+                dtype=crop.dtype.str,
+                shape=(c, d, h, w),
+                plan=plan_scan(scan, config.modalities, config.prepare, config.network.context_slices),
+                foreground=tuple(int(i) for i in np.flatnonzero(bits.any(axis=(1, 2)))),
+            )
+        )
+        parts += [crop.tobytes(), bits.tobytes()]
+        offset += crop.nbytes + bits.nbytes
+    storage.write_bytes(uri, b"".join(parts))
+    return entries
+
+
+class SampleSet:
+    """All slices of a training set, by number, as the network eats them."""
+
+    def __init__(self, entries: Sequence[Entry], num_regions: int, memory_bytes: int = MEMORY_BUDGET_BYTES) -> None:
+        if not entries:
+            raise ValueError("a sample set needs at least one scan")
+        self.entries = list(entries)
+        self.num_regions = num_regions
+        depths = [e.shape[1] for e in self.entries]
+        self.first = np.concatenate([[0], np.cumsum(depths)])  # number of each scan's first slice
+        self.scan_of = np.repeat(np.arange(len(depths)), depths)
+        self.foreground = np.zeros(len(self), np.bool_)
+        for start, entry in zip(self.first, self.entries, strict=False):
+            self.foreground[start + np.asarray(entry.foreground, np.int64)] = True
+        self._maps: dict[str, NDArray[np.uint8]] = {}
+        self._images: Tensor | None = None
+        self._masks: Tensor | None = None
+        if self._prepared_bytes() <= memory_bytes:
+            self._hold()
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def batch(self, numbers: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return images `(B, K*C, S, S)` and masks `(B, R, S, S)` (0..1) of the slices with these numbers."""
+        if self._images is None or self._masks is None:
+            pairs = [self._prepare(int(self.scan_of[n]), [int(n - self.first[self.scan_of[n]])]) for n in numbers]
+            return torch.cat([p[0] for p in pairs]).to(device), torch.cat([p[1] for p in pairs]).to(device)
+        scan = self.scan_of[numbers]
+        context = self.entries[0].plan.context
+        wanted = numbers[:, None] + np.arange(-context, context + 1)[None, :]
+        wanted = np.clip(wanted, self.first[scan][:, None], self.first[scan + 1][:, None] - 1)
+        images = self._images[torch.from_numpy(wanted)].to(device)  # (B, K, C, S, S)
+        masks = self._masks[torch.from_numpy(numbers)].to(device)
+        return images.flatten(1, 2).float(), masks.float() / MASK_SCALE
+
+    def _prepared_bytes(self) -> int:
+        plan, channels = self.entries[0].plan, self.entries[0].shape[0]
+        return len(self) * plan.size**2 * (2 * channels + self.num_regions)
+
+    def _hold(self) -> None:
+        """Prepare every slice once: float16 images without context, masks in 1/255."""
+        size, channels = self.entries[0].plan.size, self.entries[0].shape[0]
+        self._images = torch.empty(len(self), channels, size, size, dtype=torch.float16)
+        self._masks = torch.empty(len(self), self.num_regions, size, size, dtype=torch.uint8)
+        for number, entry in enumerate(self.entries):
+            images, masks = self._prepare(number, range(entry.shape[1]), context=0)
+            where = slice(int(self.first[number]), int(self.first[number + 1]))
+            self._images[where] = images.half()
+            self._masks[where] = (masks * MASK_SCALE).round().to(torch.uint8)
+        self._maps.clear()
+
+    def _prepare(self, number: int, slices: Sequence[int], context: int | None = None) -> tuple[Tensor, Tensor]:
+        entry = self.entries[number]
+        crop, bits = self._voxels(entry)
+        raw = gather_context(crop, slices, entry.plan.context if context is None else context)
+        planes = np.stack([(bits[list(slices)] >> r) & 1 for r in range(self.num_regions)], axis=1)
+        cpu = torch.device("cpu")
+        return model_slices(to_tensor(raw, cpu), entry.plan), model_masks(to_tensor(planes, cpu).float(), entry.plan)
+
+    def _voxels(self, entry: Entry) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        """Views into the shard: crop `(C, D, h, w)` and region bits `(D, h, w)`."""
+        raw = self._map(entry.shard)
+        stop = entry.offset + entry.image_bytes
+        crop = raw[entry.offset : stop].view(np.dtype(entry.dtype)) if _aligned(entry) else _copied(raw, entry, stop)
+        bits = raw[stop : stop + int(np.prod(entry.shape[1:]))]
+        return crop.reshape(entry.shape), bits.reshape(entry.shape[1:])
+
+    def _map(self, uri: str) -> NDArray[np.uint8]:
+        if uri not in self._maps:
+            self._maps[uri] = np.memmap(local_copy(uri), np.uint8, mode="r")
+        return self._maps[uri]
+
+
+def _aligned(entry: Entry) -> bool:
+    return entry.offset % np.dtype(entry.dtype).itemsize == 0
+
+
+def _copied(raw: NDArray[np.uint8], entry: Entry, stop: int) -> NDArray[Any]:
+    return np.frombuffer(raw[entry.offset : stop].tobytes(), np.dtype(entry.dtype))
+
+
+def local_copy(uri: str) -> Path:
+    """A path on this node that holds the shard: itself on a disk, fetched once into the temporary folder from S3."""
+    if not storage.is_remote(uri):
+        return Path(uri)
+    target = Path(tempfile.gettempdir()) / "brainseg-cache" / uri.removeprefix("s3://")
+    if not target.exists():
+        storage.write_bytes(str(target), storage.read_bytes(uri))
+    return target

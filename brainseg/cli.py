@@ -1,0 +1,196 @@
+"""The command line: each command reads its words, calls one function, says what came of it. No logic here.
+
+Heavy imports stand inside the commands, so that `brainseg --help` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from brainseg import __version__
+from brainseg.environment import prepare_environment
+from brainseg.errors import BrainsegError, ExitCode, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Brain tumour segmentation in MRI on a Ray cluster, from training to the cohort's report. Research use only.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key, such as epochs=10 or optimiser.learning_rate=1e-3.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Where archive, manifest, model, run and report go.")] = "demo",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole way on synthetic heads, in minutes on a laptop: index, train, segment, report."""
+    from brainseg.console import Voice
+    from brainseg.demo import run_demo
+
+    raise typer.Exit(run_demo(out, Voice(quiet=quiet, as_json=json_)))
+
+
+@app.command()
+def index(
+    archive: Annotated[str, typer.Argument(help="A folder or s3:// prefix of stored MRI.")],
+    out: Annotated[str, typer.Option(help="The manifest to write (Parquet).")],
+    layout: Annotated[str | None, typer.Option(help="Folder convention, if it should not be recognised: lgg, figshare, brats, h5slices.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A name for the set; by default its layout's.")] = None,
+    label_map: Annotated[str | None, typer.Option(help="What label values mean: binary, brats2013, brats2020, brats2023, brats2024.")] = None,
+    folds: Annotated[int, typer.Option(min=2, help="How many folds the patients are dealt into.")] = 5,
+    seed: Annotated[int, typer.Option(help="Decides which patient lands in which fold.")] = 0,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take stock of an archive: one row a scan, folds by patient, and what could not be placed."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    commands.index(archive, out, Voice(quiet=quiet, as_json=json_), layout=layout, dataset=dataset, label_map=label_map, folds=folds, seed=seed)
+
+
+@app.command()
+def train(
+    manifest: Annotated[str, typer.Argument(help="The manifest (Parquet) that `index` wrote.")],
+    out: Annotated[str, typer.Option(help="The model folder to make.")],
+    preset: Annotated[str | None, typer.Option(help="A recipe by name; `brainseg presets` lists them. Default: the strong one for the dataset.")] = None,
+    config: Annotated[str | None, typer.Option(help="A recipe of your own (YAML).")] = None,
+    set_: Set = None,
+    fold: Annotated[int | None, typer.Option(help="The fold that is kept back and reported on.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that train together. Default: one per GPU, or one.")] = None,
+    accept_leakage: Annotated[bool, typer.Option("--accept-leakage", help="Train although patients may stand on both sides; every report will say so.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a U-Net on a manifest with Ray Train and leave a model folder."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    recipe = commands.recipe(manifest, preset=preset, config=config, assignments=set_ or [], fold=fold, accept_leakage=accept_leakage)
+    commands.train(manifest, out, recipe, Voice(quiet=quiet, as_json=json_), workers=workers)
+
+
+@app.command()
+def segment(
+    source: Annotated[str, typer.Argument(metavar="ARCHIVE|MANIFEST", help="An archive, or a manifest of one.")],
+    model: Annotated[str, typer.Option(help="The model folder.")],
+    out: Annotated[str, typer.Option(help="The run folder. An unfinished run of the same kind is taken up again.")],
+    max_failures: Annotated[str | None, typer.Option(help="Stop with exit code 4 once more scans failed than this: 50, or 5%.")] = None,
+    set_: Set = None,
+    actors: Annotated[int | None, typer.Option(min=1, help="Inference processes. Default: one per GPU, or one per core.")] = None,
+    plan: Annotated[str | None, typer.Option(help="`fused` or `apart`: where decoding happens. Default: by what the cluster has.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, do nothing.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Segment an archive with Ray Data into masks and metrics in Parquet. Exit code 3 if some scans failed."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    voice = Voice(quiet=quiet, as_json=json_)
+    counts = commands.segment(source, model, out, voice, assignments=set_ or [], max_failures=max_failures, actors=actors, mode=plan, dry_run=dry_run)
+    if counts.get("failed"):
+        raise typer.Exit(ExitCode.SOME_FAILED)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One or more finished runs.")],
+    out: Annotated[str | None, typer.Option(help="Where the page goes. Default: report.html in the first run.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the cohort's report from a run's Parquet: one self-contained HTML page."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    commands.report(runs, out, Voice(quiet=quiet, as_json=json_))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    out: Annotated[str, typer.Option(help="Folder for the masks.")],
+    format_: Annotated[str, typer.Option("--format", help="nifti or png")] = "nifti",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the masks of a run as files."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    commands.export(run, out, format_, Voice(quiet=quiet, as_json=json_))
+
+
+@app.command()
+def verify(run: Annotated[str, typer.Argument(help="A run folder.")], json_: Json = False, quiet: Quiet = False) -> None:
+    """Prove a run: every scan exactly once, every mask readable and as hashed, nothing foreign. Exit code 1 if not."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    if commands.verify(run, Voice(quiet=quiet, as_json=json_)):
+        raise typer.Exit(ExitCode.CRASH)
+
+
+@app.command()
+def presets(json_: Json = False) -> None:
+    """List the training recipes that ship."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    commands.presets(Voice(as_json=json_))
+
+
+@app.command()
+def phantom(
+    out: Annotated[str, typer.Argument(help="Folder to write.")],
+    layout: Annotated[str, typer.Option(help="lgg, figshare, brats or h5slices")] = "lgg",
+    scans: Annotated[int, typer.Option(min=1)] = 40,
+    broken: Annotated[int, typer.Option(min=0, help="How many of them to damage.")] = 0,
+    seed: int = 0,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an archive of synthetic heads with tumours in one of the layouts."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    commands.phantom(out, layout, scans, broken, seed, Voice(quiet=quiet, as_json=json_))
+
+
+@app.command()
+def schemas(out: Annotated[str, typer.Option(help="Folder to write the contracts to.")] = "schemas") -> None:
+    """Publish the contracts of tables and configs as JSON."""
+    from brainseg.schemas import write_schemas
+
+    write_schemas(Path(out))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; our own errors become one line and their exit code."""
+    prepare_environment()
+    try:
+        app(standalone_mode=True)
+    except BrainsegError as error:
+        hint = "\nRun with --help for the words it knows." if type(error) is UsageError else ""
+        sys.stderr.write(f"brainseg: {' '.join(str(error).split())}{hint}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

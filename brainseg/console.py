@@ -1,0 +1,74 @@
+"""Console: what a person sees while a job runs, and what a program reads when it ends.
+
+Messages go to stderr, results to stdout, so that `--json` output can be piped. On a terminal progress is a bar; elsewhere
+it is a line every 30 seconds.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+LINE_EVERY_S = 30.0
+
+
+class Voice:
+    """Says things to a person, unless told to be quiet, and gives the result in the form asked for."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.quiet = quiet
+        self.as_json = as_json
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line for a person."""
+        if not self.quiet:
+            self.err.print(text, markup=False)
+
+    def result(self, body: Mapping[str, Any], text: str) -> None:
+        """The outcome: JSON for a program, or text for a person."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(body, indent=2, default=str) + "\n")
+        elif not self.quiet:
+            sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def bar(self, what: str) -> "Bar":
+        """A progress display, used as a context."""
+        return Bar(self, what)
+
+
+class Bar:
+    """Progress of one job: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, voice: Voice, what: str) -> None:
+        self.voice = voice
+        self.what = what
+        self._last = 0.0
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        if self.voice.err.is_terminal and not self.voice.quiet:
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[line]}"))
+            self._progress = Progress(*columns, console=self.voice.err)
+            self._task = self._progress.add_task(self.what, total=None, line="")
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, done: int, total: int, line: str) -> None:
+        """Show how far the job is."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=total, line=line)
+        elif time.monotonic() - self._last > LINE_EVERY_S or done == total:
+            self._last = time.monotonic()
+            self.voice.say(line)

@@ -1,0 +1,20 @@
+"""Environment: what Ray must find in the process's environment before it is imported. Entry points call this first.
+
+Ray reads its authentication mode once, when it is imported. A local Ray that brainseg starts therefore needs its token
+set by the entry point; a token or mode that is already there (a submitted job, a cluster's own) is left alone.
+"""
+
+import os
+import secrets
+
+
+def prepare_environment() -> None:
+    """Ask for token authentication with a token of this process's own, and for less noise."""
+    if "RAY_AUTH_MODE" not in os.environ and "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

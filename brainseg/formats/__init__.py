@@ -1,0 +1,96 @@
+"""Formats: the bytes of one stored file -> an array (and, where the format carries one, its Grid). One module a format.
+
+What a file is called decides nothing; its content does. Every reader judges the header before it allocates, and raises
+ScanError alone, whatever the foreign decoder behind it raises.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from brainseg.errors import Code, ScanError
+from brainseg.geometry import Grid
+
+MAX_VOXELS = 200_000_000
+"""The largest volume that is read: a field of view of 240x240x200 mm at 0.4 mm is 180 million voxels."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A volume `(D, H, W)` in its stored type, its grid, and `CODE: one line` for all that was odd but usable."""
+
+    array: NDArray[Any]
+    grid: Grid
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class Notes:
+    """What is said about one file while it is read: every line begins with its name, whoever writes it."""
+
+    name: str
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, code: Code, text: str) -> None:
+        """Note what is odd but usable."""
+        self.warnings.append(warning(code, f"{self.name}: {text}"))
+
+    def error(self, code: Code, text: str) -> ScanError:
+        """Return the reason why the file cannot be used, to be raised."""
+        return ScanError(code, f"{self.name}: {text}")
+
+
+def warning(code: Code, text: str) -> str:
+    """A warning as tables keep it: `CODE: one line`."""
+    return f"{code}: {' '.join(text.split())}"
+
+
+def require_bytes(data: bytes, notes: Notes) -> None:
+    """Refuse what is no file of any format: nothing at all (EMPTY_FILE), or a binary file damaged as text (CORRUPT)."""
+    if not data:
+        raise notes.error(Code.EMPTY_FILE, "found 0 bytes, expected an image; fetch the file again")
+    if _was_decoded_as_text(data):
+        text = "found bytes that were once decoded as UTF-8 text, which loses all above 127; fetch the file again"
+        raise notes.error(Code.CORRUPT, text)
+
+
+def describe_content(data: bytes) -> str:
+    """What a file that is not what it should be looks like, for an error line. Never quotes the content."""
+    for start, says in _STARTS.items():
+        if data.startswith(start):
+            return says
+    head = data[:256].lstrip()
+    if head[:1] == b"<":
+        return "a web page or XML document"
+    if head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+        return "plain text"
+    return "bytes of an unknown kind"
+
+
+_STARTS = {
+    b"version https://git-lfs": "a git-LFS pointer (run `git lfs pull`)",
+    b"\x1f\x8b": "gzip data",
+    b"\x89PNG": "a PNG image",
+    b"II*\0": "a TIFF image",
+    b"MM\0*": "a TIFF image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"\x89HDF": "an HDF5 file",
+    b"PK\x03\x04": "a zip archive",
+    b"%PDF": "a PDF document",
+    b"\x00\x05\x16\x07": "the side file macOS writes beside a file on a foreign disk",
+}
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+def _was_decoded_as_text(data: bytes) -> bool:
+    """Whether a decoder put U+FFFD in place of bytes: real image data beyond ASCII is never valid UTF-8 throughout."""
+    if data.count(_REPLACEMENT, 0, 1 << 20) < 4:
+        return False
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,92 @@
+"""gzip (RFC 1952): packed bytes -> exactly the bytes a header promises, or the reason why not.
+
+libdeflate unpacks the usual file, one member whose recorded length is the one expected; zlib takes everything else in
+steps, so that nothing is allocated on the word of a stream, and finds out what is wrong with a broken one.
+"""
+
+import zlib
+from collections.abc import Iterator
+
+import imagecodecs
+import numpy as np
+
+from brainseg.errors import Code
+from brainseg.formats import Notes
+
+GZIP_MAGIC = b"\x1f\x8b"
+MAX_RATIO = 1032
+"""No deflate stream expands further (zlib's technical notes)."""
+MAX_EXTRA_BYTES = 1 << 26
+"""Unpacked bytes beyond the promised ones that are read, only to check that the stream ends well."""
+
+
+def first_bytes(data: bytes, count: int, notes: Notes) -> bytes:
+    """Return the first `count` unpacked bytes, or all if there are fewer, without unpacking the rest."""
+    head = b""
+    for chunk in _inflate(data, Notes(notes.name), out_bytes=count):
+        head += chunk
+        if len(head) >= count:
+            break
+    return head[:count]
+
+
+def unpack(data: bytes, size: int, notes: Notes) -> memoryview:
+    """Return the first `size` unpacked bytes, with the CRC and the length of every member checked.
+
+    Raises ScanError TRUNCATED, CORRUPT_GZIP or TOO_LARGE; appends TRAILING_DATA to the notes.
+    """
+    if size > len(data) * MAX_RATIO:
+        raise notes.error(Code.TRUNCATED, f"found {len(data)} packed bytes, which cannot hold the {size} of its header")
+    content = memoryview(np.empty(size, np.uint8).data)
+    if int.from_bytes(data[-4:], "little") != size or not _deflated(data, content):
+        _inflate_into(content, data, notes)
+    return content
+
+
+def _deflated(data: bytes, content: memoryview) -> bool:
+    """Fill `content` by libdeflate; False where it refuses, for reasons that zlib then names."""
+    try:
+        return len(imagecodecs.gzip_decode(data, out=content)) == len(content)
+    except imagecodecs.GzipError:
+        return False
+
+
+def _inflate_into(content: memoryview, data: bytes, notes: Notes) -> None:
+    filled = extra = 0
+    for chunk in _inflate(data, notes):
+        used = min(len(chunk), len(content) - filled)
+        content[filled : filled + used] = chunk[:used]
+        filled, extra = filled + used, extra + len(chunk) - used
+        if extra > max(len(content), MAX_EXTRA_BYTES):
+            raise notes.error(Code.TOO_LARGE, f"found over {extra:,} bytes after the {len(content):,} that its header promises")
+    if filled < len(content):
+        raise notes.error(Code.TRUNCATED, f"found {filled} unpacked bytes, expected {len(content)} by its header")
+    if extra:
+        notes.warn(Code.TRAILING_DATA, f"found {extra} bytes after the last voxel; they were ignored")
+
+
+def _inflate(data: bytes, notes: Notes, out_bytes: int = 1 << 20) -> Iterator[bytes]:
+    """Unpack in steps of at most `out_bytes`: any number of members, then zero padding or (with a warning) other bytes."""
+    at = 0
+    while data.startswith(GZIP_MAGIC, at):
+        stream = zlib.decompressobj(wbits=31)
+        while not stream.eof:
+            piece = stream.unconsumed_tail
+            if not piece:
+                piece = data[at : at + (1 << 16)]
+                at += len(piece)
+            yield _step(stream, piece, out_bytes, notes)
+        at -= len(stream.unused_data)
+    if data.count(0, at) < len(data) - at:
+        notes.warn(Code.TRAILING_DATA, f"found {len(data) - at} bytes after the gzip data; they were ignored")
+
+
+def _step(stream: "zlib._Decompress", piece: bytes, out_bytes: int, notes: Notes) -> bytes:
+    """Unpack one piece; an empty one says that the file has ended."""
+    try:
+        out = stream.decompress(piece, out_bytes) if piece else stream.flush()
+    except zlib.error as error:
+        raise notes.error(Code.CORRUPT_GZIP, f"found damaged gzip data ({error}); fetch the file again") from error
+    if not piece and not stream.eof:
+        raise notes.error(Code.TRUNCATED, "found the end of the file inside its gzip data; fetch the file again")
+    return out

@@ -1,0 +1,193 @@
+"""Learn: one training as plain torch, without Ray: the order of samples, a step, an epoch, a validation, a checkpoint.
+
+Every random choice is a function of (seed, epoch, step) and of a sample's place in the *global* batch, never of a worker
+or of what ran before. So two workers see what one would have seen, and a resumed training what an unbroken one would.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from brainseg.augment import apply, draw
+from brainseg.cache import SampleSet
+from brainseg.config import OptimiserConfig, TrainConfig
+from brainseg.losses import Share, loss_of
+from brainseg.model import has_fast_bf16
+from brainseg.unet import UNet
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among those that train together."""
+
+    rank: int = 0
+    count: int = 1
+
+
+@dataclass
+class Learner:
+    """A network in training: what one step changes."""
+
+    config: TrainConfig
+    network: UNet
+    stepped: nn.Module
+    optimiser: torch.optim.Optimizer
+    averaged: dict[str, Tensor]
+    device: torch.device
+    worker: Worker
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.config.epochs
+
+    def best_guess(self) -> dict[str, Tensor]:
+        """The weights to validate and to ship: the moving average where there is one."""
+        return self.averaged if self.config.ema_decay else self.network.state_dict()
+
+
+def make_learner(config: TrainConfig, samples: int, device: torch.device, worker: Worker) -> Learner:
+    """Build network and optimiser from the seed; with several workers, wrapped so that gradients are averaged."""
+    torch.manual_seed(config.seed)
+    network = UNet(config.network, len(config.modalities), len(config.regions))
+    network = network.to(device, memory_format=torch.channels_last)
+    stepped: nn.Module = network
+    if worker.count > 1:
+        stepped = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    averaged = {k: v.detach().clone() for k, v in network.state_dict().items()}
+    return Learner(config, network, stepped, make_optimiser(config.optimiser, network), averaged, device, worker, steps_per_epoch(config, samples))
+
+
+def make_optimiser(config: OptimiserConfig, network: nn.Module) -> torch.optim.Optimizer:
+    kind = torch.optim.Adam if config.kind == "adam" else torch.optim.AdamW
+    return kind(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def steps_per_epoch(config: TrainConfig, samples: int) -> int:
+    """Optimiser steps in one epoch over a training set of so many slices."""
+    return max(1, (config.samples_per_epoch or samples) // config.batch_size)
+
+
+def learning_rate(config: OptimiserConfig, step: int, total_steps: int) -> float:
+    """Linear warm-up, then constant or a half cosine down to 1 % (Loshchilov & Hutter 2017)."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+def epoch_order(foreground: NDArray[np.bool_], config: TrainConfig, epoch: int) -> NDArray[np.int64]:
+    """Slice numbers of an epoch's global batches, `(steps, batch_size)`; each batch holds its share of tumour slices."""
+    rng = np.random.default_rng([config.seed, epoch])
+    steps = steps_per_epoch(config, len(foreground))
+    tumour, empty = np.flatnonzero(foreground), np.flatnonzero(~foreground)
+    if not config.foreground_share or not len(tumour) or not len(empty):
+        return _endless(rng, np.arange(len(foreground)), steps * config.batch_size).reshape(steps, -1)
+    wanted = round(config.batch_size * config.foreground_share)
+    return np.concatenate(
+        [
+            _endless(rng, tumour, steps * wanted).reshape(steps, -1),
+            _endless(rng, empty, steps * (config.batch_size - wanted)).reshape(steps, -1),
+        ],
+        axis=1,
+    )
+
+
+def _endless(rng: np.random.Generator, items: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """As many items as asked for, shuffled pass after pass."""
+    passes = [rng.permutation(items) for _ in range(-(-count // len(items)))]
+    return np.concatenate(passes)[:count] if passes else np.empty(0, np.int64)
+
+
+def batches(learner: Learner, samples: SampleSet, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This worker's share of each global batch of an epoch: images `(b, K*C, S, S)`, masks `(b, R, S, S)`."""
+    config, worker = learner.config, learner.worker
+    for step, numbers in enumerate(epoch_order(samples.foreground, config, epoch)):
+        mine = np.arange(worker.rank, len(numbers), worker.count)
+        drawn = draw(config.augment, len(numbers), len(config.modalities), (config.seed, epoch, step))
+        images, masks = samples.batch(numbers[mine], learner.device)
+        yield apply(images, masks, drawn.rows(mine), config.augment)
+
+
+def train_step(learner: Learner, images: Tensor, masks: Tensor, step: int) -> Tensor:
+    """One optimiser step; returns this worker's loss, detached, scaled so that the workers' mean is the batch's."""
+    config = learner.config
+    for group in learner.optimiser.param_groups:
+        group["lr"] = learning_rate(config.optimiser, step, learner.total_steps)
+    share = Share(config.batch_size, learner.worker.count)
+    with torch.autocast(learner.device.type, torch.bfloat16, enabled=uses_bf16(config, learner.device)):
+        logits = learner.stepped(images.contiguous(memory_format=torch.channels_last))
+    loss = loss_of(config.loss, logits, masks, share)
+    learner.optimiser.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    if config.optimiser.clip_norm:
+        nn.utils.clip_grad_norm_(learner.network.parameters(), config.optimiser.clip_norm)
+    learner.optimiser.step()
+    _average(learner, step)
+    return loss.detach()
+
+
+def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+    return config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
+
+
+@torch.no_grad()
+def _average(learner: Learner, step: int) -> None:
+    """Move the average towards the weights; slowly only once there is something to average."""
+    if not learner.config.ema_decay:
+        return
+    keep = min(learner.config.ema_decay, (1 + step) / (10 + step))
+    for name, value in learner.network.state_dict().items():
+        if value.is_floating_point():
+            learner.averaged[name].lerp_(value, 1 - keep)
+        else:
+            learner.averaged[name].copy_(value)
+
+
+def train_epoch(learner: Learner, samples: SampleSet, epoch: int) -> float:
+    """Train one epoch; returns its mean loss over this worker's steps."""
+    learner.network.train()
+    torch.manual_seed(learner.config.seed * 1_000_003 + epoch * 1009 + learner.worker.rank)  # dropout alone reads this
+    first = epoch * learner.steps_per_epoch
+    losses = [train_step(learner, x, y, first + i) for i, (x, y) in enumerate(batches(learner, samples, epoch))]
+    return float(torch.stack(losses).mean())
+
+
+def state_tensors(learner: Learner, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything a resumed training needs, as named tensors: network, average, best, optimiser."""
+    out = {f"network.{k}": v for k, v in learner.network.state_dict().items()}
+    out |= {f"averaged.{k}": v for k, v in learner.averaged.items()}
+    out |= {f"best.{k}": v for k, v in best.items()}
+    for number, state in learner.optimiser.state_dict()["state"].items():
+        out |= {f"optimiser.{number}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    return {k: v.detach().cpu().clone().contiguous() for k, v in out.items()}
+
+
+def restore(learner: Learner, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put a saved state back; returns the best weights so far."""
+    part = _parts(tensors)
+    learner.network.load_state_dict(part["network"])
+    for name, value in part["averaged"].items():
+        learner.averaged[name].copy_(value)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in part.get("optimiser", {}).items():
+        number, key = name.split(".", 1)
+        state.setdefault(int(number), {})[key] = value
+    learner.optimiser.load_state_dict({**learner.optimiser.state_dict(), "state": state})
+    return part["best"]
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    out: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        part, rest = name.split(".", 1)
+        out.setdefault(part, {})[rest] = value
+    return out

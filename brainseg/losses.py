@@ -1,0 +1,68 @@
+"""What a network is taught: soft Dice, binary cross-entropy, or their sum, each per region.
+
+A batch may be split over several workers. The value returned on each worker is scaled so that the *average* of the
+workers' gradients, which is what DDP takes, is the gradient of the loss over the whole batch, however uneven the split.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from brainseg.config import LossConfig
+
+SMOOTH_VOXELS = 1.0
+"""Keeps Dice defined on an empty batch. It exists in the loss alone, never in a reported figure."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """This worker's part in the global batch: how many samples the whole batch has, over how many workers."""
+
+    global_samples: int
+    workers: int = 1
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum a tensor over the workers; differentiable: each worker receives the sum of all gradients."""
+        if self.workers == 1:
+            return x
+        from torch.distributed.nn.functional import all_reduce
+
+        summed: Tensor = all_reduce(x)  # type: ignore[no-untyped-call]
+        return summed
+
+
+def loss_of(config: LossConfig, logits: Tensor, target: Tensor, share: Share | None = None) -> Tensor:
+    """Return the scalar loss of logits `(B, R, H, W)` against masks in {0, 1} of the same shape."""
+    share = share or Share(global_samples=logits.shape[0])
+    logits = logits.float()
+    parts: list[Tensor] = []
+    if config.kind in ("bce", "bce_dice"):
+        parts.append(_cross_entropy(logits, target, share))
+    if config.kind in ("dice", "bce_dice"):
+        dice = _dice_over_batch if config.dice_over == "batch" else _dice_over_samples
+        parts.append(dice(logits, target, share))
+    return torch.stack(parts).sum()
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, share: Share) -> Tensor:
+    per_sample = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=(1, 2, 3))
+    return per_sample.sum() * share.workers / share.global_samples
+
+
+def _overlap(logits: Tensor, target: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    probability = torch.sigmoid(logits)
+    return (probability * target).sum(dim=dims), probability.sum(dim=dims) + target.sum(dim=dims)
+
+
+def _dice_over_samples(logits: Tensor, target: Tensor, share: Share) -> Tensor:
+    both, sizes = _overlap(logits, target, (2, 3))  # (B, R)
+    dice = (2 * both + SMOOTH_VOXELS) / (sizes + SMOOTH_VOXELS)
+    return (1 - dice).mean(dim=1).sum() * share.workers / share.global_samples
+
+
+def _dice_over_batch(logits: Tensor, target: Tensor, share: Share) -> Tensor:
+    both, sizes = _overlap(logits, target, (0, 2, 3))  # (R,)
+    both, sizes = share.total(torch.stack([both, sizes]))
+    return (1 - (2 * both + SMOOTH_VOXELS) / (sizes + SMOOTH_VOXELS)).mean()

@@ -1,0 +1,248 @@
+"""A model: weights and a JSON card in one folder, from which the network is rebuilt and run on whole scans.
+
+`MODEL/weights.safetensors` holds tensors and nothing else; `MODEL/model.json` is the card. Nothing in either is executed.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from brainseg import storage
+from brainseg.config import Config, NetworkConfig, PrepareConfig, SegmentConfig, TrainConfig
+from brainseg.errors import PreflightError, StorageError
+from brainseg.prepare import (
+    canonical_box,
+    gather_context,
+    model_slices,
+    native_probabilities,
+    plan_scan,
+    select_modalities,
+    to_tensor,
+    uncrop,
+)
+from brainseg.regions import label_map
+from brainseg.scans import Scan
+from brainseg.unet import UNet
+
+CARD = "model.json"
+WEIGHTS = "weights.safetensors"
+PIXELS_PER_FORWARD = {"cpu": 16 * 128 * 128, "cuda": 512 * 128 * 128}
+"""How many model-grid pixels go through the network at once: on a CPU what fits its caches, on a GPU what fills it."""
+
+
+class Split(Config):
+    """Who was trained on, who chose the checkpoint, and who was kept back. Ids of patients where they are known."""
+
+    unit: str = "patient"
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    def part_of(self, patient_id: str | None, scan_id: str) -> str | None:
+        """`train`, `validation`, `test`, or None for somebody the training never met."""
+        who = patient_id if self.unit == "patient" else scan_id
+        for part in ("test", "validation", "train"):
+            if who in getattr(self, part):
+                return part
+        return None
+
+
+class ModelCard(Config):
+    """Everything a model is, beside its weights."""
+
+    format_version: int = 1
+    name: str
+    network: NetworkConfig
+    prepare: PrepareConfig
+    modalities: tuple[str, ...]
+    regions: tuple[str, ...]
+    label_map: str
+    dataset: str
+    manifest_fingerprint: str
+    split: Split
+    selection_biased: bool
+    accept_leakage: bool
+    metrics: dict[str, Any]
+    baselines: dict[str, Any] = {}
+    train: TrainConfig
+    training: dict[str, Any] = {}
+    versions: dict[str, str]
+    created_at: str
+    weights_sha256: str
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's answer for one scan on its native grid: a label volume and how sure it was, per region."""
+
+    label: NDArray[np.uint8]  # (D, H, W) in label-map values
+    trust: tuple[dict[str, float | None], ...]  # per region: mean_probability, mean_entropy, outside_head_fraction
+    seconds: float
+
+
+class Model:
+    """A network on a device, with the card that says what it eats and what it answers."""
+
+    def __init__(self, card: ModelCard, network: UNet, fingerprint: str, device: torch.device, settings: SegmentConfig) -> None:
+        self.card = card
+        self.fingerprint = fingerprint
+        self.device = device
+        self.settings = settings
+        self.network = network.eval().to(device, memory_format=torch.channels_last)
+        self.dtype = inference_dtype(settings.precision, device)
+
+    @torch.inference_mode()
+    def predict(self, scans: Sequence[Scan]) -> list[Prediction]:
+        """Segment scans together, their slices sharing batches.
+
+        Raises ScanError MISSING_MODALITY when a scan lacks what the network needs.
+        """
+        started = time.perf_counter()
+        context = self.card.network.context_slices
+        plans = [plan_scan(s, self.card.modalities, self.card.prepare, context) for s in scans]
+        stacks = [self._slices(scan, plan) for scan, plan in zip(scans, plans, strict=True)]
+        answers = self._forward(torch.cat(stacks)).split([len(s) for s in stacks])
+        out: list[Prediction] = []
+        for scan, plan, answer in zip(scans, plans, answers, strict=True):
+            shape = _crop_shape(scan)
+            probability = native_probabilities(answer, plan, shape[1], shape[2])  # (D, R, h, w)
+            out.append(self._finish(scan, probability.permute(1, 0, 2, 3)))
+        seconds = (time.perf_counter() - started) / max(len(scans), 1)
+        return [Prediction(p.label, p.trust, seconds) for p in out]
+
+    def _slices(self, scan: Scan, plan: Any) -> Tensor:
+        crop, _ = select_modalities(scan, self.card.modalities)
+        raw = gather_context(crop, range(crop.shape[1]), plan.context)
+        return model_slices(to_tensor(raw, self.device), plan)
+
+    def _forward(self, slices: Tensor) -> Tensor:
+        """Region probabilities `(N, R, S, S)` of model slices `(N, K*C, S, S)`; halves the batch when memory runs out."""
+        step = max(1, PIXELS_PER_FORWARD[self.device.type] // (slices.shape[2] * slices.shape[3]))
+        while True:
+            try:
+                return torch.cat([self._probabilities(chunk) for chunk in slices.split(step)])
+            except torch.OutOfMemoryError:
+                if step == 1:
+                    raise
+                step //= 2
+
+    def _probabilities(self, chunk: Tensor) -> Tensor:
+        chunk = chunk.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            probability = torch.sigmoid(self.network(chunk).float())
+            if self.settings.flip:
+                mirrored = torch.sigmoid(self.network(chunk.flip(3)).float()).flip(3)
+                probability = (probability + mirrored) / 2
+        return probability
+
+    def _finish(self, scan: Scan, probability: Tensor) -> Prediction:
+        """Threshold `(R, D, h, w)`, paint, and put back on the native grid."""
+        masks = (probability > self.settings.threshold).cpu().numpy()
+        meaning = label_map(self.card.label_map)
+        painted = meaning.paint_label(masks, self.card.regions)
+        kept = torch.from_numpy(meaning.masks(painted, self.card.regions)).to(probability.device)
+        head = torch.from_numpy(_head(scan, self.card.modalities)).to(probability.device)
+        trust = tuple(_trust(p, m, head) for p, m in zip(probability, kept, strict=True))
+        return Prediction(uncrop(painted, scan.grid, scan.box), trust, 0.0)
+
+
+def _crop_shape(scan: Scan) -> tuple[int, int, int]:
+    box, _ = canonical_box(scan.grid, scan.box)
+    (a, b), (c, d), (e, f) = box
+    return b - a, d - c, f - e
+
+
+def _head(scan: Scan, modalities: Sequence[str]) -> NDArray[np.bool_]:
+    """Voxels `(D, h, w)` of the canonical crop where any modality shows something."""
+    crop, background = select_modalities(scan, modalities)
+    head = np.zeros(crop.shape[1:], np.bool_)
+    for volume, empty in zip(crop, background, strict=True):
+        head |= volume != empty
+    return head
+
+
+def _trust(probability: Tensor, mask: Tensor, head: Tensor) -> dict[str, float | None]:
+    """Label-free figures of one region: how sure inside the mask, how undecided over the head, how much outside it."""
+    inside, anywhere = int(mask.sum()), bool(head.any())
+    p = probability.clamp(1e-6, 1 - 1e-6)
+    entropy = -(p * p.log2() + (1 - p) * (1 - p).log2())
+    return {
+        "mean_probability": float(probability[mask].mean()) if inside else None,
+        "mean_entropy": float(entropy[head].mean()) if anywhere else None,
+        "outside_head_fraction": float((mask & ~head).sum()) / inside if inside else None,
+    }
+
+
+def inference_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bf16 where it was asked for, or where `auto` finds hardware that gains by it; float32 otherwise."""
+    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
+        return torch.bfloat16
+    return torch.float32
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """CUDA from Ampere on; CPUs with avx512_bf16 or amx. Elsewhere bf16 is emulated, over ten times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def fingerprint_of(card: ModelCard) -> str:
+    """sha256 over what decides an answer: weights, architecture, preparation, modalities, regions, label values."""
+    decisive = card.model_dump(mode="json", include={"network", "prepare", "modalities", "regions", "label_map", "weights_sha256"})
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def save_model(uri: str, card: ModelCard, weights: dict[str, Tensor]) -> ModelCard:
+    """Write the folder, the card last; returns the card with the hash of the weights in it."""
+    data = save_tensors({k: v.detach().cpu().contiguous() for k, v in weights.items()})
+    card = card.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
+    storage.write_bytes(storage.join(uri, WEIGHTS), data)
+    storage.write_json(storage.join(uri, CARD), card.model_dump(mode="json"))
+    return card
+
+
+def load_card(uri: str) -> ModelCard:
+    """Read a model's card; PreflightError says what is wrong with the folder."""
+    try:
+        body = storage.read_json(storage.join(uri, CARD))
+    except StorageError as error:
+        raise PreflightError(f"{uri}: not a model folder ({error})") from error
+    try:
+        return ModelCard.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PreflightError(f"{uri}/{CARD}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = None) -> Model:
+    """Rebuild a network from its folder. PreflightError when weights and card do not belong together."""
+    card = load_card(uri)
+    data = storage.read_bytes(storage.join(uri, WEIGHTS))
+    if hashlib.sha256(data).hexdigest() != card.weights_sha256:
+        raise PreflightError(f"{uri}/{WEIGHTS}: its sha256 is not the one that {CARD} names; the folder is damaged or mixed")
+    network = UNet(card.network, len(card.modalities), len(card.regions))
+    try:
+        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_tensors(data).items()})
+    except (SafetensorError, RuntimeError) as error:
+        raise PreflightError(f"{uri}/{WEIGHTS}: does not fit the architecture in {CARD}: {str(error).splitlines()[0]}") from error
+    chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(card, network, fingerprint_of(card), chosen, settings)

@@ -1,0 +1,281 @@
+"""Runs: the bookkeeping of a run folder. The row is the commit; what a run folder claims can be proven.
+
+RUN/run.json              what was run, with what, on what; counts and timings at the end
+RUN/lease.json            who is driving it now
+RUN/scans/<part>.parquet  the fact table; a part appears whole and is named by the scans it holds
+RUN/metrics.parquet       scan x region, flat, derived from the parts
+RUN/_SUCCESS.json         written last: every scan of the manifest exactly once
+"""
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from brainseg import storage
+from brainseg.errors import RunError, StorageError
+from brainseg.model import Split
+from brainseg.tables import METRICS, REGION, SCANS
+
+RUN_FILE, LEASE_FILE, SUCCESS_FILE, METRICS_FILE = "run.json", "lease.json", "_SUCCESS.json", "metrics.parquet"
+PARTS = "scans"
+TORN = "torn"
+HEARTBEAT_S = 10.0
+LEASE_S = 45.0
+"""A driver on another host that has not been heard of for this long is taken to be dead."""
+KEYS = ("scan_id", "status", "content_tag", "model_fingerprint", "config_fingerprint", "finished_at", "mask_sha256")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two runs the same run: rows of one may stand beside rows of the other."""
+
+    manifest_fingerprint: str
+    model_fingerprint: str
+    config_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One row that a part holds, without its mask."""
+
+    scan_id: str
+    part: str
+    status: str
+    content_tag: str
+    finished_at: datetime
+
+
+def content_tag(row: Mapping[str, Any]) -> str:
+    """sha256 over the uri, size and tag of a manifest row's sources: changes when a file does."""
+    seen = [[s["uri"], s["role"], s["modality"], s["size_bytes"], s["tag"]] for s in row["sources"]]
+    return hashlib.sha256(json.dumps([row["scan_id"], row["label_map"], seen]).encode()).hexdigest()
+
+
+def open_run(run: str, identity: Identity, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Create the run folder, or take up one that holds the same run; returns `run.json` with the attempt counted up.
+
+    Raises RunError where the folder holds a run of another model, config or manifest. Nothing is changed then.
+    """
+    place = storage.join(run, RUN_FILE)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    if not storage.exists(place):
+        body = {"run_id": _run_id(identity, now), "created_at": now, "finished_at": None, "attempt": 1, **identity.__dict__, **description}
+        storage.write_json(place, body)
+        return body
+    body = storage.read_json(place)
+    for name, mine in identity.__dict__.items():
+        if body.get(name) != mine:
+            what = name.removesuffix("_fingerprint")
+            raise RunError(f"{run} holds a run with another {what} ({_short(body.get(name))}, now {_short(mine)}); choose another --out")
+    body |= {**description, "attempt": int(body["attempt"]) + 1, "created_at": body["created_at"]}
+    storage.write_json(place, body)
+    return dict(body)
+
+
+def _run_id(identity: Identity, now: str) -> str:
+    seed = "|".join([*identity.__dict__.values(), now])
+    return f"{now[:10]}-{hashlib.sha256(seed.encode()).hexdigest()[:8]}"
+
+
+def _short(fingerprint: object) -> str:
+    return str(fingerprint)[:12]
+
+
+class Lease:
+    """One driver at a time. Held as a context; a heartbeat keeps it while this process lives."""
+
+    def __init__(self, run: str) -> None:
+        self.place = storage.join(run, LEASE_FILE)
+        self.me = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+        self._stop = threading.Event()
+        self._beat = threading.Thread(target=self._keep, daemon=True)
+
+    def __enter__(self) -> "Lease":
+        """Take the lease; RunError while another driver lives."""
+        holder = storage.read_json(self.place) if storage.exists(self.place) else None
+        if holder and _alive(holder):
+            raise RunError(f"another driver (process {holder['pid']} on {holder['host']}) is working on this run")
+        self._write()
+        self._beat.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._beat.join()
+        storage.delete(self.place)
+
+    def _keep(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            self._write()
+
+    def _write(self) -> None:
+        storage.write_json(self.place, {**self.me, "heartbeat": time.time()})
+
+
+def _alive(holder: Mapping[str, Any]) -> bool:
+    """On this host: whether that very process runs. Elsewhere: whether its heartbeat is fresh."""
+    if holder["host"] == socket.gethostname():
+        return holder["pid"] != os.getpid() and _born(holder["pid"]) == holder["born"] is not None
+    return bool(time.time() - float(holder["heartbeat"]) < LEASE_S)
+
+
+def _born(pid: int) -> str | None:
+    """When a process started, in clock ticks, so that a reused pid is not mistaken for it; None if it does not run."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def part_uri(run: str, scan_ids: Sequence[str]) -> str:
+    """Where the part with these scans belongs: named by them, so that a retried task overwrites itself."""
+    digest = hashlib.sha256("\n".join(sorted(scan_ids)).encode()).hexdigest()[:24]
+    return storage.join(run, PARTS, f"{digest}.parquet")
+
+
+def write_part(run: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write finished rows as one part, all or nothing; returns where."""
+    uri = part_uri(run, [r["scan_id"] for r in rows])
+    storage.write_table(uri, pa.Table.from_pylist(list(rows), schema=SCANS))
+    return uri
+
+
+def parts(run: str) -> list[str]:
+    """The parts of a run, in order of their names."""
+    folder = storage.join(run, PARTS)
+    if not storage.is_dir(folder):
+        return []
+    return [e.uri for e in storage.list_files(folder) if e.uri.endswith(".parquet")]
+
+
+def kept_rows(run: str, *, set_aside: bool) -> Iterator[Kept]:
+    """Every row that a readable part holds. Torn parts are moved to RUN/torn if `set_aside`, else StorageError."""
+    for uri in parts(run):
+        try:
+            table = storage.read_table(uri, list(KEYS))
+        except StorageError:
+            if not set_aside:
+                raise
+            storage.write_bytes(storage.join(run, TORN, storage.name_of(uri)), storage.read_bytes(uri))
+            storage.delete(uri)
+            continue
+        for row in table.to_pylist():
+            yield Kept(row["scan_id"], uri, row["status"], row["content_tag"], row["finished_at"])
+
+
+def finished_tags(run: str) -> dict[str, str]:
+    """scan_id -> content_tag of what need not be done again."""
+    return {k.scan_id: k.content_tag for k in kept_rows(run, set_aside=True)}
+
+
+def settle(run: str, expected: Mapping[str, str]) -> dict[str, int]:
+    """Bring the parts to exactly one row per expected scan (scan_id -> content_tag); returns counts.
+
+    A retry may have regrouped scans, and a file may have changed between attempts: of several rows for one scan the
+    first with the right content stays. Raises RunError where a scan is missing.
+    """
+    chosen: dict[str, Kept] = {}
+    surplus: dict[str, set[str]] = {}
+    for row in sorted(kept_rows(run, set_aside=True), key=lambda k: k.finished_at):
+        if row.scan_id in chosen or expected.get(row.scan_id) != row.content_tag:
+            surplus.setdefault(row.part, set()).add(f"{row.scan_id}|{row.finished_at.isoformat()}")
+        else:
+            chosen[row.scan_id] = row
+    for part, drop in surplus.items():
+        _rewrite_without(run, part, drop)
+    missing = expected.keys() - chosen.keys()
+    if missing:
+        raise RunError(f"{len(missing)} scans of the manifest have no row, such as {min(missing)}; run the same command again")
+    failed = sum(1 for k in chosen.values() if k.status == "failed")
+    return {"found": len(expected), "ok": len(chosen) - failed, "failed": failed, "duplicates_removed": sum(map(len, surplus.values()))}
+
+
+def _rewrite_without(run: str, part: str, drop: set[str]) -> None:
+    """Replace a part by one that lacks the named rows; the new one stands before the old one goes."""
+    rows = storage.read_table(part).to_pylist()
+    keep = [r for r in rows if f"{r['scan_id']}|{r['finished_at'].isoformat()}" not in drop]
+    replacement = write_part(run, keep) if keep else None
+    if replacement != part:
+        storage.delete(part)
+
+
+def write_metrics(run: str, split: Split) -> dict[str, int]:
+    """Derive RUN/metrics.parquet from the parts; returns how many scans have a label and how many were evaluated."""
+    tables: list[pa.Table] = []
+    labelled = 0
+    wanted = [n for n in SCANS.names if n in METRICS.names] + ["status", "regions"]
+    for uri in parts(run):
+        flat: list[dict[str, Any]] = []
+        for row in storage.read_table(uri, wanted).to_pylist():
+            entries = row.pop("regions") or []
+            labelled += any(e["state"] != "no_label" for e in entries)
+            split_part = split.part_of(row["patient_id"], row["scan_id"])
+            flat += [{**row, "split": split_part, **entry} for entry in entries]
+        tables.append(pa.Table.from_pylist(flat, schema=METRICS))
+    table = pa.concat_tables(tables) if tables else METRICS.empty_table()
+    storage.write_table(storage.join(run, METRICS_FILE), table.sort_by([("scan_id", "ascending"), ("region", "ascending")]), row_group_rows=65536)
+    return {"labelled": labelled, "evaluated": labelled}
+
+
+def finish_run(run: str, body: Mapping[str, Any], counts: Mapping[str, int], timings: Mapping[str, float]) -> None:
+    """Write counts and timings into run.json and then, last of all, _SUCCESS.json."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    storage.write_json(storage.join(run, RUN_FILE), {**body, "finished_at": now, "counts": dict(counts), "timings": dict(timings)})
+    names = [storage.name_of(u) for u in parts(run)]
+    storage.write_json(storage.join(run, SUCCESS_FILE), {"run_id": body["run_id"], "finished_at": now, "counts": dict(counts), "parts": names})
+
+
+def verify_run(run: str, expected: Mapping[str, str]) -> list[str]:
+    """Prove a finished run; returns what is wrong, one line each, empty when all is well.
+
+    Checked: _SUCCESS.json is there; every part is readable and is one that _SUCCESS names; every expected scan stands exactly once,
+    with the content it was listed with; model and config are the run's own; every mask matches its hash.
+    """
+    problems = [] if storage.exists(storage.join(run, SUCCESS_FILE)) else [f"{SUCCESS_FILE} is missing: the run has not finished"]
+    body = storage.read_json(storage.join(run, RUN_FILE))
+    seen: dict[str, int] = {}
+    for uri in parts(run):
+        try:
+            rows = storage.read_table(uri, [*KEYS, "mask"]).to_pylist()
+        except StorageError as error:
+            problems.append(str(error))
+            continue
+        for row in rows:
+            seen[row["scan_id"]] = seen.get(row["scan_id"], 0) + 1
+            problems += _row_problems(row, body, expected, storage.name_of(uri))
+    problems += [f"{s}: {n} rows, expected 1" for s, n in seen.items() if n > 1]
+    problems += [f"{s}: no row" for s in expected if s not in seen]
+    return problems + _part_problems(run)
+
+
+def _row_problems(row: Mapping[str, Any], body: Mapping[str, Any], expected: Mapping[str, str], part: str) -> list[str]:
+    who, out = f"{row['scan_id']} in {part}", []
+    if row["scan_id"] not in expected:
+        out.append(f"{who}: not a scan of the manifest")
+    elif expected[row["scan_id"]] != row["content_tag"]:
+        out.append(f"{who}: made from files that have changed since")
+    for name in ("model_fingerprint", "config_fingerprint"):
+        if row[name] != body[name]:
+            out.append(f"{who}: {name.replace('_', ' ')} is {_short(row[name])}, the run's is {_short(body[name])}")
+    if row["status"] == "ok" and hashlib.sha256(row["mask"] or b"").hexdigest() != row["mask_sha256"]:
+        out.append(f"{who}: the mask does not match its sha256")
+    return out
+
+
+def _part_problems(run: str) -> list[str]:
+    """Parts that _SUCCESS.json does not name, and named ones that are gone."""
+    place = storage.join(run, SUCCESS_FILE)
+    if not storage.exists(place):
+        return []
+    named, there = set(storage.read_json(place)["parts"]), {storage.name_of(u) for u in parts(run)}
+    return [f"{p}: a part that {SUCCESS_FILE} does not name" for p in sorted(there - named)] + [f"{p}: part is missing" for p in sorted(named - there)]

@@ -1,0 +1,266 @@
+"""Segment: stream an archive through the network into Parquet, on Ray Data.
+
+    manifest rows -> [ decode -> predict -> finish -> write the part ] -> receipts -> driver
+
+Where the network runs on CPUs one actor does the bracket for a block of scans, since passing voxels between processes
+would cost more than it gains. Where it runs on GPUs decode and finish are CPU tasks around the GPU actors, so that cores
+anywhere can feed them. The stage functions are the same (`stages.py`), the rows are the same. One block is one part.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ActorPoolStrategy, Dataset
+
+from brainseg import manifest, runs, stages, storage
+from brainseg.config import SegmentConfig
+from brainseg.errors import FailureLimitError, PreflightError, UsageError
+from brainseg.model import Model, ModelCard, fingerprint_of, load_card, load_model
+from brainseg.session import Cluster, connect, require
+from brainseg.stages import Job
+from brainseg.versions import versions
+
+MOST_SCANS_PER_PART = 32
+MANIFEST_FILE = "manifest.parquet"
+Say = Callable[[str], None]
+RECEIPT = pa.schema(
+    [
+        ("part", pa.string()),
+        ("ok", pa.int64()),
+        ("failed", pa.list_(pa.string())),
+        ("seconds_decode", pa.float64()),
+        ("seconds_predict", pa.float64()),
+        ("seconds_finish", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the cluster's resources are used."""
+
+    mode: Literal["fused", "apart"]
+    actors: int
+    actor_cpus: float
+    actor_gpus: float
+    scans_per_part: int
+
+    def describe(self) -> str:
+        what = "one process each for decode, network and metrics" if self.mode == "fused" else "decode and metrics in CPU tasks around them"
+        return f"plan: {self.actors} {'GPU' if self.actor_gpus else 'CPU'} actor(s), {what}; {self.scans_per_part} scans a part"
+
+
+@dataclass
+class Progress:
+    """What the receipts have told so far."""
+
+    total: int
+    before: int = 0
+    ok: int = 0
+    failed: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "predict": 0.0, "finish": 0.0})
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def done(self) -> int:
+        return self.before + self.ok + self.failed
+
+    def line(self) -> str:
+        """Scans done, failed and to come, the pace, and how long it will take."""
+        elapsed = time.monotonic() - self.started
+        pace = (self.ok + self.failed) / elapsed if elapsed else 0.0
+        left = f", {(self.total - self.done) / pace:.0f} s left" if pace and self.done < self.total else ""
+        return f"{self.done}/{self.total} scans, {self.failed} failed, {pace:.2f} scans/s{left}"
+
+
+def segment_archive(
+    source: str, model_uri: str, out: str, settings: SegmentConfig, *, max_failures: str | None = None, mode: str | None = None,
+    actors: int | None = None, dry_run: bool = False, say: Say = lambda _: None, tick: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, int]:  # fmt: skip
+    """Segment every scan of an archive or manifest into the run folder `out`; returns the counts of run.json.
+
+    Resumes what is there. Raises UsageError or RunError before anything is written where source, model or `out` cannot
+    serve, and FailureLimitError once more scans failed than `max_failures` (`50` or `5%`) allows.
+    """
+    started = time.monotonic()
+    table = load_source(source)
+    card = load_card(model_uri)
+    check_modalities(table, card)
+    limit = failure_limit(max_failures, table.num_rows)
+    identity = runs.Identity(manifest.fingerprint(table), fingerprint_of(card), settings.fingerprint())
+    if dry_run:
+        say(f"would segment {table.num_rows} scans ({sum(table['size_bytes'].to_pylist()) / 1e6:.0f} MB) with model '{card.name}' into {out}")
+        return {"found": table.num_rows}
+    body = runs.open_run(out, identity, _description(source, model_uri, card, settings))
+    with runs.Lease(out):
+        manifest.write_manifest(storage.join(out, MANIFEST_FILE), table)
+        storage.delete(storage.join(out, runs.SUCCESS_FILE))
+        expected = {r["scan_id"]: runs.content_tag(r) for r in table.select(["scan_id", "label_map", "sources"]).to_pylist()}
+        kept = {s for s, tag in runs.finished_tags(out).items() if expected.get(s) == tag}
+        todo = table.filter(pa.array([s not in kept for s in table["scan_id"].to_pylist()], pa.bool_()))
+        progress = Progress(total=table.num_rows, before=len(kept))
+        if kept:
+            say(f"resuming: {len(kept)} of {table.num_rows} scans are done already")
+        if todo.num_rows:
+            job = Job(out, model_uri, settings, body["run_id"], body["attempt"], identity.model_fingerprint, identity.config_fingerprint, card)
+            cluster = connect()
+            plan = make_plan(cluster, todo.num_rows, mode=mode, actors=actors)
+            say(plan.describe())
+            for receipt in _receipts(todo, job, plan):
+                _take(progress, receipt)
+                tick(progress)
+                if limit is not None and progress.failed > limit:
+                    raise FailureLimitError(f"{progress.failed} scans failed, the limit is {limit}; what is done is kept, and the same command goes on from there")
+        counts = runs.settle(out, expected) | runs.write_metrics(out, card.split)
+        timings = {"total_s": time.monotonic() - started, **{f"{k}_s": v for k, v in progress.seconds.items()}}
+        runs.finish_run(out, body, counts, {k: round(v, 3) for k, v in timings.items()})
+    return counts
+
+
+def load_source(source: str) -> pa.Table:
+    """A manifest as it is, or an archive indexed on the spot."""
+    if source.endswith(".parquet"):
+        return manifest.read_manifest(source)
+    return manifest.index_archive(source)[0]
+
+
+def check_modalities(table: pa.Table, card: ModelCard) -> None:
+    """PreflightError where no scan has what the model needs: a mistake better seen before the first GPU second."""
+    wanted = set(card.modalities)
+    found = {tuple(m) for m in table["modalities"].to_pylist()}
+    if found and not any(wanted <= set(m) for m in found):
+        most = max(found, key=len)
+        raise PreflightError(f"model '{card.name}' needs {', '.join(card.modalities)}; no scan of the archive has them all (found {', '.join(most) or 'none'})")
+
+
+def failure_limit(text: str | None, total: int) -> int | None:
+    """How many scans may fail: `50`, or `5%` of all."""
+    if text is None:
+        return None
+    number = text.removesuffix("%")
+    try:
+        value = float(number)
+    except ValueError:
+        raise UsageError(f"--max-failures {text}: expected a number such as 50, or a share such as 5%") from None
+    return int(value * total / 100) if text.endswith("%") else int(value)
+
+
+def _description(source: str, model_uri: str, card: ModelCard, settings: SegmentConfig) -> dict[str, Any]:
+    kept = ("name", "regions", "modalities", "label_map", "dataset", "metrics", "baselines", "selection_biased", "accept_leakage")
+    body = card.model_dump(mode="json")
+    return {
+        "source": source,
+        "brainseg_version": versions()["brainseg"],
+        "model": {"uri": model_uri, "fingerprint": fingerprint_of(card), "split": body["split"], **{k: body[k] for k in kept}},
+        "config": settings.model_dump(mode="json"),
+        "versions": versions(),
+    }
+
+
+def make_plan(cluster: Cluster, scans: int, *, mode: str | None = None, actors: int | None = None) -> Plan:
+    """Choose actors and part size. PreflightError where Ray would wait for ever."""
+    chosen: Literal["fused", "apart"] = "apart" if mode == "apart" or (mode is None and cluster.gpus) else "fused"
+    gpus = 1.0 if cluster.gpus and chosen == "apart" else 0.0
+    wanted = actors or int(cluster.gpus if gpus else cluster.cores if chosen == "fused" else max(1, cluster.cores // 2))
+    wanted = max(1, min(wanted, scans))
+    plan = Plan(chosen, wanted, 1.0, gpus, max(1, min(MOST_SCANS_PER_PART, -(-scans // (4 * wanted)))))
+    require(cluster, cpus=wanted * plan.actor_cpus + 1, gpus=wanted * gpus, what=f"segmenting with {wanted} actors")
+    return plan
+
+
+def pipeline(todo: pa.Table, job: Job, plan: Plan) -> Dataset:
+    """The whole way of a scan. Different num_cpus keep the stages from being fused into one process."""
+    blocks = ray.data.from_arrow(todo).repartition(target_num_rows_per_block=plan.scans_per_part)
+    pool = ActorPoolStrategy(size=plan.actors)
+    arguments: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+    if plan.mode == "fused":
+        return blocks.map_batches(WholeWay, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, **arguments)
+    decoded = blocks.map_batches(_decode_block, fn_args=(job,), num_cpus=0.5, **arguments)
+    predicted = decoded.map_batches(
+        Forward, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, **arguments
+    )
+    return predicted.map_batches(_finish_block, fn_args=(job,), num_cpus=0.25, **arguments)
+
+
+def _receipts(todo: pa.Table, job: Job, plan: Plan) -> Iterator[Mapping[str, Any]]:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0
+    yield from pipeline(todo, job, plan).iter_rows()
+
+
+def _take(progress: Progress, receipt: Mapping[str, Any]) -> None:
+    progress.ok += int(receipt["ok"])
+    progress.failed += len(receipt["failed"])
+    for stage in progress.seconds:
+        progress.seconds[stage] += float(receipt[f"seconds_{stage}"])
+
+
+class WholeWay:
+    """An actor that takes a block of manifest rows all the way to a written part."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.model = _ready_model(job)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        works = (stages.decode(row, with_label=self.job.settings.score) for row in block.to_pylist())
+        rows = [stages.finish(w, self.job) for group in stages.in_groups(works) for w in stages.predict(self.model, group)]
+        return _written(self.job, rows)
+
+
+def _decode_block(block: pa.Table, job: Job) -> pa.Table:
+    works = (stages.decode(row, with_label=job.settings.score) for row in block.to_pylist())
+    return block.append_column("work", pa.array([stages.pack(w) for w in works], pa.large_binary()))
+
+
+class Forward:
+    """An actor that holds the network and nothing else."""
+
+    def __init__(self, job: Job) -> None:
+        self.model = _ready_model(job)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        manifest_rows = block.drop_columns(["work"])
+        packed = [stages.unpack(data.as_py(), row) for data, row in zip(block["work"], manifest_rows.to_pylist(), strict=True)]
+        done = [stages.pack(w) for group in stages.in_groups(packed) for w in stages.predict(self.model, group)]
+        return manifest_rows.append_column("work", pa.array(done, pa.large_binary()))
+
+
+def _finish_block(block: pa.Table, job: Job) -> pa.Table:
+    rows = block.drop_columns(["work"]).to_pylist()
+    works = [stages.unpack(data.as_py(), row) for data, row in zip(block["work"], rows, strict=True)]
+    return _written(job, [stages.finish(w, job) for w in works])
+
+
+def _ready_model(job: Job) -> Model:
+    """The network on this actor's device; one thread where it shares cores with its siblings."""
+    on_gpu = bool(ray.get_gpu_ids())
+    if not on_gpu:
+        torch.set_num_threads(1)
+    return load_model(job.model, job.settings, torch.device("cuda" if on_gpu else "cpu"))
+
+
+def _written(job: Job, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Commit finished rows as a part; the receipt says what is in it."""
+    if not rows:
+        return RECEIPT.empty_table()
+    receipt = {
+        "part": storage.name_of(runs.write_part(job.run, rows)),
+        "ok": sum(r["status"] == "ok" for r in rows),
+        "failed": [f"{r['error_code']} {r['error_message']}" for r in rows if r["status"] == "failed"],
+        **{f"seconds_{s}": sum(r[f"seconds_{s}"] for r in rows) for s in ("decode", "predict", "finish")},
+    }
+    return pa.Table.from_pylist([receipt], schema=RECEIPT)
+
+
+def verify_run(run: str) -> list[str]:
+    """Prove a finished run against the manifest it keeps; what is wrong, one line each."""
+    table = manifest.read_manifest(storage.join(run, MANIFEST_FILE))
+    expected = {r["scan_id"]: runs.content_tag(r) for r in table.select(["scan_id", "label_map", "sources"]).to_pylist()}
+    return runs.verify_run(run, expected)

@@ -1,0 +1,63 @@
+"""Session: reach the Ray cluster that this job runs on, or start a local one; know what it can bear.
+
+Nothing here schedules anything: that is Ray's. A cluster is joined where `RAY_ADDRESS` names one or where this process is
+a submitted Ray job; otherwise a local Ray lives as long as the process, with token authentication and no dashboard.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+
+from brainseg.errors import PreflightError
+
+SPARE_CPUS = 2
+"""Logical CPUs a local Ray gets beyond the machine's cores, for the light tasks around the busy ones."""
+OBJECT_STORE_BYTES = 1 << 30
+QUIET_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the cluster offers. `cpus` are logical; `cores` are those that heavy work should count on."""
+
+    cpus: float
+    gpus: float
+    cores: int
+    nodes: int
+    local: bool
+
+
+def connect() -> Cluster:
+    """Join or start Ray; safe to call again."""
+    local = not os.environ.get("RAY_ADDRESS") and not os.environ.get("RAY_JOB_ID")
+    if not ray.is_initialized():
+        _start_local() if local else ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    total = ray.cluster_resources()
+    nodes = sum(1 for n in ray.nodes() if n["Alive"])
+    cpus = total.get("CPU", 0.0)
+    cores = min(os.cpu_count() or 1, int(cpus)) if local else int(cpus)
+    return Cluster(cpus, total.get("GPU", 0.0), max(1, cores), nodes, local)
+
+
+def _start_local() -> None:
+    """Start Ray on this machine: authenticated, quiet, small."""
+    ray.init(
+        address="local",
+        num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def require(cluster: Cluster, *, cpus: float, gpus: float = 0, what: str) -> None:
+    """Raise PreflightError where a job would wait for resources for ever, which Ray does without a word."""
+    if cpus > cluster.cpus or gpus > cluster.gpus:
+        raise PreflightError(
+            f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs at once; the cluster has {cluster.cpus:g} and {cluster.gpus:g}. Ask for fewer workers."
+        )

@@ -1,0 +1,90 @@
+"""Specs: a job's YAML file. Its keys are the command's own words, so that a file and a command line say the same thing.
+
+A job may run far from where it was submitted, in a folder that goes when it ends; so every place a spec names is an
+absolute path that all nodes see, or an s3:// address. Only `config` may be relative: it travels with the code.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from brainseg import commands, storage
+from brainseg.config import Config, build
+from brainseg.errors import BrainsegError, ConfigError, ExitCode, UsageError
+
+S = TypeVar("S", bound=Config)
+
+
+def _seen_by_all(place: str) -> str:
+    if not (place.startswith("/") or storage.is_remote(place)):
+        raise PydanticCustomError(
+            "place", "found '{found}', expected an absolute path or s3://..., because a job may run on another machine", {"found": place}
+        )
+    return place
+
+
+Place = Annotated[str, AfterValidator(_seen_by_all), Field(json_schema_extra={"pattern": "^(/|s3://)"})]
+Overrides = Annotated[tuple[str, ...], Field(description="config keys to override, such as epochs=10")]
+
+
+class TrainSpec(Config):
+    """`jobs/train.py`: the words of `brainseg train`."""
+
+    manifest: Annotated[Place, Field(description="what `brainseg index` wrote")]
+    out: Annotated[Place, Field(description="the model folder to make")]
+    preset: Annotated[str | None, Field(description="a recipe by name; null: the strong one for the manifest's layout")] = None
+    config: Annotated[str | None, Field(description="a recipe of your own (YAML), from the root of the submitted folder")] = None
+    set: Overrides = ()
+    fold: Annotated[int | None, Field(ge=0, description="the fold kept back and reported on")] = None
+    workers: Annotated[int | None, Field(ge=1, description="null: one per GPU, or one")] = None
+    accept_leakage: bool = False
+
+
+class SegmentSpec(Config):
+    """`jobs/segment.py`: the words of `brainseg segment`. Give `archive` or `manifest`."""
+
+    archive: Annotated[Place | None, Field(description="a folder or s3:// prefix, indexed on the spot")] = None
+    manifest: Annotated[Place | None, Field(description="what `brainseg index` wrote")] = None
+    model: Annotated[Place, Field(description="the model folder")]
+    out: Annotated[Place, Field(description="the run folder; an unfinished run of the same kind is taken up again")]
+    max_failures: Annotated[int | str | None, Field(description="stop once more scans failed than this: 50, or 5%")] = None
+    set: Overrides = ()
+    actors: Annotated[int | None, Field(ge=1, description="inference processes; null: one per GPU, or one per core")] = None
+    plan: Annotated[str | None, Field(description="`fused` or `apart`; null: by what the cluster has")] = None
+    dry_run: bool = False
+
+    @property
+    def source(self) -> str:
+        """The archive or the manifest; ConfigError unless there is exactly one of them."""
+        given = [place for place in (self.archive, self.manifest) if place]
+        if len(given) != 1:
+            raise ConfigError(f"the spec names {len(given) or 'neither'} of archive and manifest; give one")
+        return given[0]
+
+
+class ReportSpec(Config):
+    """`jobs/report.py`: the words of `brainseg report`."""
+
+    runs: Annotated[tuple[Place, ...], Field(min_length=1, description="finished runs")]
+    out: Annotated[Place | None, Field(description="the page; null: report.html in the first run")] = None
+
+
+def read_spec(kind: type[S], path: str) -> S:
+    """Read a job's YAML. ConfigError names an unknown key and lists the valid ones; UsageError where there is no file."""
+    if not storage.exists(storage.absolute(path)):
+        raise UsageError(f"{path}: there is no such spec")
+    return build(kind, commands.read_spec(path), path)
+
+
+def run(kind: type[S], job: Callable[[S], ExitCode], words: Sequence[str]) -> int:
+    """Run a job on the spec that `words` name; our own errors become one line and their exit code, as on the command line."""
+    try:
+        if len(words) != 1:
+            raise UsageError(f"expected one word, the path of a spec (YAML); got {len(words)}")
+        return int(job(read_spec(kind, words[0])))
+    except BrainsegError as error:
+        sys.stderr.write(f"brainseg: {' '.join(str(error).split())}\n")
+        return int(error.exit_code)

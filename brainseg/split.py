@@ -1,0 +1,87 @@
+"""Split: who is trained on, who chooses the checkpoint, who is kept back. By patient, or refused."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from brainseg.config import TrainConfig
+from brainseg.errors import LeakageError, PreflightError
+from brainseg.model import Split
+
+BLOCK = 20
+"""Where patients are unknown but folds are given, validation takes whole runs of this many neighbouring scans."""
+Row = Mapping[str, Any]
+
+
+def split_rows(rows: Sequence[Row], config: TrainConfig) -> tuple[Split, dict[str, list[Row]]]:
+    """Divide labelled manifest rows into train, validation and test.
+
+    The fold `folds_held_out` is the test part. Validation is `validation_share` of the remaining patients, chosen by a hash
+    of the patient and the seed. Raises LeakageError where neither patients nor folds are known (unless the config accepts
+    leakage) and PreflightError where a part would be empty.
+    """
+    usable = [r for r in rows if r["has_label"] and not r["problem_code"]]
+    if not usable:
+        raise PreflightError(f"none of the manifest's {len(rows)} scans has a usable label; training needs labels")
+    folds = _folds(usable, config)
+    parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    for row, fold, group in zip(usable, folds, _groups(usable), strict=True):
+        if fold == config.folds_held_out:
+            parts["test"].append(row)
+        else:
+            parts["validation" if _unit(group, config.seed) < config.validation_share else "train"].append(row)
+    if not parts["validation"] and config.validation_share:
+        _lend_validation(parts)
+    for name in ("train", "test"):
+        if not parts[name]:
+            raise PreflightError(f"fold {config.folds_held_out} leaves nothing for {name}; the manifest has folds {sorted(set(folds))}")
+    unit = "patient" if all(r["patient_id"] for r in usable) else "scan"
+    names = {part: tuple(sorted({str(r["patient_id"] if unit == "patient" else r["scan_id"]) for r in rows_}))
+             for part, rows_ in parts.items()}
+    shared = _shared(names)
+    if shared and not config.accept_leakage:
+        raise LeakageError(f"{len(shared)} patients stand on two sides of the split, such as {shared[0]}; folds must be made by patient")
+    return Split(unit=unit, **names), parts
+
+
+def _folds(rows: Sequence[Row], config: TrainConfig) -> list[int]:
+    """Every row's fold; made up by scan only where leakage is accepted in so many words."""
+    unknown = [r for r in rows if r["fold"] is None]
+    if unknown and not config.accept_leakage:
+        raise LeakageError(
+            f"{len(unknown)} of {len(rows)} scans have neither a patient nor a fold, such as {unknown[0]['scan_id']}: a random split may put one "
+            "patient on both sides. Give patients or folds in a CSV beside the images, or pass --accept-leakage"
+        )
+    return [r["fold"] if r["fold"] is not None else int(5 * _unit(str(r["scan_id"]), config.seed)) for r in rows]
+
+
+def _groups(rows: Sequence[Row]) -> Iterable[str]:
+    """What must stay together: the patient, or where unknown a run of neighbouring scans of one fold."""
+    seen: dict[int, int] = {}
+    for row in rows:
+        if row["patient_id"]:
+            yield str(row["patient_id"])
+            continue
+        fold = -1 if row["fold"] is None else int(row["fold"])
+        seen[fold] = seen.get(fold, 0) + 1
+        yield f"fold {fold} block {seen[fold] // BLOCK}"
+
+
+def _lend_validation(parts: dict[str, list[Row]]) -> None:
+    """A small set can leave no patient for validation by chance: give it the last training patient."""
+    last = parts["train"][-1:]
+    who = last[0]["patient_id"] if last else None
+    lent = [r for r in parts["train"] if r["patient_id"] == who] if who else last
+    if len(lent) < len(parts["train"]):
+        parts["validation"] = lent
+        parts["train"] = [r for r in parts["train"] if r not in lent]
+
+
+def _unit(text: str, seed: int) -> float:
+    """A number in [0, 1) that depends on text and seed alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|validation|{text}".encode()).digest()[:8], "big") / 2**64
+
+
+def _shared(names: Mapping[str, Sequence[str]]) -> list[str]:
+    train, validation, test = (set(names[p]) for p in ("train", "validation", "test"))
+    return sorted((train & validation) | (train & test) | (validation & test))

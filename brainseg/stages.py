@@ -1,0 +1,228 @@
+"""Stages: what happens to one scan of a bulk run, as plain functions that a test calls without Ray.
+
+decode (row -> Work) -> predict (Work -> Work with a prediction) -> finish (Work -> a row of the `scans` table).
+A scan that fails in a stage carries its failure onward and becomes a quarantine row; the others never notice.
+"""
+
+import hashlib
+import json
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+
+from brainseg.config import SegmentConfig
+from brainseg.errors import Code, ScanError, StorageError
+from brainseg.formats.images import write_png
+from brainseg.formats.nifti import write_nifti
+from brainseg.geometry import Grid
+from brainseg.model import Model, ModelCard, Prediction
+from brainseg.runs import content_tag
+from brainseg.scans import Scan, load_scan
+from brainseg.scoring import score_regions, with_trust
+from brainseg.thumbnails import make_thumbnail
+
+VOXELS_TOGETHER = 24_000_000
+"""Scans share forward batches until their crops hold this many voxels: keeps memory flat whatever a part's size."""
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a run must know. Plain values; travels to the workers once."""
+
+    run: str
+    model: str
+    settings: SegmentConfig
+    run_id: str
+    attempt: int
+    model_fingerprint: str
+    config_fingerprint: str
+    card: ModelCard
+
+
+@dataclass(frozen=True)
+class Failure:
+    code: str
+    stage: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """One scan on its way: its manifest row and what has been made of it so far."""
+
+    row: Row
+    scan: Scan | None = None
+    prediction: Prediction | None = None
+    failure: Failure | None = None
+    seconds_decode: float = 0.0
+    seconds_predict: float = 0.0
+
+
+def guarded(stage: str, scan_id: str, call: Callable[[], Work], row: Row) -> Work:
+    """Run one stage of one scan; whatever goes wrong becomes that scan's failure. One scan may fail; the job may not."""
+    try:
+        return call()
+    except ScanError as error:
+        return Work(row, failure=Failure(error.code, stage, error.message))
+    except StorageError as error:
+        return Work(row, failure=Failure(Code.UNREADABLE, stage, str(error)))
+    except (MemoryError, torch.OutOfMemoryError):
+        return Work(row, failure=Failure(Code.OUT_OF_MEMORY, stage, f"{scan_id}: not enough memory"))
+    except Exception as error:  # noqa: BLE001  a fault of ours in one scan must not end a run of a million
+        return Work(row, failure=Failure(Code.INTERNAL, stage, f"{scan_id}: {type(error).__name__} inside brainseg; please report it"))
+
+
+def decode(row: Row, *, with_label: bool) -> Work:
+    """Read, decode, check, crop."""
+    started = time.perf_counter()
+    work = guarded("list" if row["problem_code"] else "decode", row["scan_id"], lambda: Work(row, load_scan(row, with_label=with_label)), row)
+    return replace(work, seconds_decode=time.perf_counter() - started)
+
+
+def predict(model: Model, works: Sequence[Work]) -> list[Work]:
+    """Segment scans together; if that fails, one by one, so that only the guilty fails."""
+    ready = [w for w in works if w.scan is not None]
+    try:
+        answers = iter(model.predict([w.scan for w in ready if w.scan is not None])) if ready else iter(())
+    except Exception:  # noqa: BLE001  whoever caused it is found, and named, by trying each scan alone
+        if len(works) > 1:
+            return [one for w in works for one in predict(model, [w])]
+        return [_predict_alone(model, works[0])]
+    return [replace(w, prediction=(p := next(answers)), seconds_predict=p.seconds) if w.scan is not None else w for w in works]
+
+
+def _predict_alone(model: Model, work: Work) -> Work:
+    def call() -> Work:
+        assert work.scan is not None
+        return replace(work, prediction=model.predict([work.scan])[0])
+
+    failed = guarded("predict", work.row["scan_id"], call, work.row)
+    return replace(failed, seconds_decode=work.seconds_decode)
+
+
+def finish(work: Work, job: Job) -> dict[str, Any]:
+    """Score, encode, and write down: the finished row of the `scans` table."""
+    started = time.perf_counter()
+    row = _identity(work.row, job) | {"seconds_decode": work.seconds_decode, "seconds_predict": work.seconds_predict}
+    done = guarded("finish", work.row["scan_id"], lambda: _measured(work, row, job), work.row) if work.failure is None else work
+    if done.failure is not None:
+        row |= {"error_code": done.failure.code, "error_stage": done.failure.stage, "error_message": done.failure.message}
+    return row | {"seconds_finish": time.perf_counter() - started, "finished_at": datetime.now(UTC)}
+
+
+def _identity(row: Row, job: Job) -> dict[str, Any]:
+    """The columns that every row has, failed until proven otherwise."""
+    kept = {k: row[k] for k in ("scan_id", "patient_id", "dataset", "label_map", "fold", "sources", "attributes")}
+    return {
+        **kept,
+        "status": "failed",
+        "warnings": [],
+        "model_fingerprint": job.model_fingerprint,
+        "config_fingerprint": job.config_fingerprint,
+        "content_tag": content_tag(row),
+        "run_id": job.run_id,
+        "node": socket.gethostname(),
+        "attempt": job.attempt,
+    }
+
+
+def _measured(work: Work, row: dict[str, Any], job: Job) -> Work:
+    """Fill in an `ok` row: grid, mask, regions, thumbnail."""
+    scan, prediction = work.scan, work.prediction
+    assert scan is not None
+    assert prediction is not None
+    entries = score_regions(scan.label, str(work.row["label_map"]), prediction.label, scan.grid, job.card)
+    mask, encoding = encode_mask(prediction.label, scan.grid)
+    if job.settings.thumbnails:
+        row["thumbnail"] = make_thumbnail(scan.image, scan.box, scan.grid, scan.label, prediction.label, scan.modalities, scan.background)
+    row |= {
+        "warnings": list(scan.warnings),
+        "shape": list(scan.grid.shape),
+        "spacing_mm": None if scan.grid.spacing_mm is None else list(scan.grid.spacing_mm),
+        "affine": None if scan.grid.affine is None else list(scan.grid.affine),
+        "orientation": scan.grid.orientation,
+        "modalities": list(job.card.modalities),
+        "modalities_missing": [],
+        "modalities_duplicated": list(scan.duplicated),
+        "mask": mask,
+        "mask_encoding": encoding,
+        "mask_sha256": hashlib.sha256(mask).hexdigest(),
+        "regions": with_trust(entries, prediction),
+        "status": "ok",
+    }
+    return work
+
+
+def encode_mask(label: np.ndarray[Any, np.dtype[np.uint8]], grid: Grid) -> tuple[bytes, str]:
+    """A label volume `(D, H, W)` as a file that opens anywhere: PNG for a single image, NIfTI for everything else."""
+    if label.shape[0] == 1 and grid.affine is None:
+        return write_png(label[0]), "png"
+    return write_nifti(label, grid), "nii.gz"
+
+
+def in_groups(works: Iterable[Work]) -> Iterator[list[Work]]:
+    """Gather scans until their crops hold VOXELS_TOGETHER voxels."""
+    group: list[Work] = []
+    voxels = 0
+    for work in works:
+        size = 0 if work.scan is None else work.scan.image.size
+        if group and voxels + size > VOXELS_TOGETHER:
+            yield group
+            group, voxels = [], 0
+        group.append(work)
+        voxels += size
+    if group:
+        yield group
+
+
+def pack(work: Work) -> bytes:
+    """A Work without its manifest row as bytes: a JSON header, then the raw arrays. Undone by `unpack`."""
+    scan, prediction = work.scan, work.prediction
+    arrays = [] if scan is None else [scan.image, *([scan.label] if scan.label is not None else [])]
+    arrays += [prediction.label] if prediction is not None else []
+    head = {
+        "failure": work.failure.__dict__ if work.failure else None,
+        "seconds": [work.seconds_decode, work.seconds_predict],
+        "arrays": [[a.dtype.str, list(a.shape)] for a in arrays],
+        "scan": None if scan is None else {
+            "scan_id": scan.scan_id, "modalities": scan.modalities, "background": scan.background,
+            "shape": scan.grid.shape, "affine": scan.grid.affine, "box": scan.box, "labelled": scan.label is not None,
+            "duplicated": scan.duplicated, "warnings": scan.warnings,
+        },
+        "prediction": None if prediction is None else {"trust": prediction.trust, "seconds": prediction.seconds},
+    }
+    text = json.dumps(head).encode()
+    return b"".join([struct.pack("<Q", len(text)), text, *(np.ascontiguousarray(a).tobytes() for a in arrays)])
+
+
+def unpack(data: bytes, row: Row) -> Work:
+    """Undo `pack`; arrays are views into the bytes."""
+    (length,) = struct.unpack_from("<Q", data)
+    head = json.loads(data[8 : 8 + length])
+    arrays, offset = [], 8 + length
+    for kind, shape in head["arrays"]:
+        size = int(np.prod(shape))
+        arrays.append(np.frombuffer(data, np.dtype(kind), size, offset).reshape(shape))
+        offset += size * np.dtype(kind).itemsize
+    s, p = head["scan"], head["prediction"]
+    scan = None if s is None else Scan(
+        scan_id=s["scan_id"], modalities=tuple(s["modalities"]), image=arrays[0], background=tuple(s["background"]),
+        grid=Grid(tuple(s["shape"]), None if s["affine"] is None else tuple(s["affine"])),
+        box=tuple((a, b) for a, b in s["box"]), label=arrays[1] if s["labelled"] else None,
+        duplicated=tuple(s["duplicated"]), warnings=tuple(s["warnings"]),
+    )  # fmt: skip
+    return Work(
+        row,
+        scan,
+        None if p is None else Prediction(arrays[-1], tuple(p["trust"]), p["seconds"]),
+        Failure(**head["failure"]) if head["failure"] else None,
+        *head["seconds"],
+    )

@@ -1,0 +1,28 @@
+"""Segment an archive as a spec says: `python jobs/segment.py jobs/segment-lgg.yaml`, here or by `ray job submit`."""
+
+import sys
+
+from brainseg import commands
+from brainseg.console import Voice
+from brainseg.errors import ExitCode
+from brainseg.specs import SegmentSpec, run
+
+
+def segment(spec: SegmentSpec) -> ExitCode:
+    """Segment every scan into the run folder; SOME_FAILED where the quarantine is not empty."""
+    counts = commands.segment(
+        spec.source,
+        spec.model,
+        spec.out,
+        Voice(),
+        assignments=spec.set,
+        max_failures=None if spec.max_failures is None else str(spec.max_failures),
+        actors=spec.actors,
+        mode=spec.plan,
+        dry_run=spec.dry_run,
+    )
+    return ExitCode.SOME_FAILED if counts.get("failed") else ExitCode.OK
+
+
+if __name__ == "__main__":
+    sys.exit(run(SegmentSpec, segment, sys.argv[1:]))

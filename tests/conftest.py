@@ -1,0 +1,32 @@
+"""What every test may use: the real scans, where they are; one local Ray for all that need one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from brainseg.environment import prepare_environment
+
+prepare_environment()  # before any test module imports ray
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real scans that BRAINSEG_DATA names; the test is skipped without it."""
+    place = os.environ.get("BRAINSEG_DATA")
+    if not place or not Path(place).is_dir():
+        pytest.skip("BRAINSEG_DATA names no folder of real scans")
+    return Path(place).resolve()
+
+
+@pytest.fixture(scope="session")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One local Ray for the whole session, started as the product starts it."""
+    import ray
+
+    from brainseg.session import connect
+
+    connect()
+    yield
+    ray.shutdown()

@@ -1,0 +1,460 @@
+"""Report: the page and its data say what the Parquet says, keep splits apart, and stay inert whatever a scan is called."""
+
+import hashlib
+import json
+import re
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brainseg import report, storage, tables
+from brainseg.aggregate import bootstrap_interval
+from brainseg.errors import UsageError
+from brainseg.formats.nifti import write_nifti
+from brainseg.geometry import Grid
+from brainseg.metrics import score_scan
+from brainseg.regions import label_map
+from brainseg.report import figures
+from brainseg.report.cohort import MAX_ROWS, summarise
+from brainseg.report.facts import load
+from brainseg.report.gallery import choose
+from brainseg.thumbnails import make_thumbnail
+
+REGIONS = ("WT", "ET")
+SIDES = ("train", "validation", "test")
+SHAPE = (4, 40, 36)
+GRID = Grid.of(SHAPE, np.diag([-1.0, -1.0, 2.0, 1.0]))
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+
+def ball(centre, radius):
+    d, h, w = np.ogrid[tuple(slice(n) for n in SHAPE)]
+    return (2 * (d - centre[0])) ** 2 + (h - centre[1]) ** 2 + (w - centre[2]) ** 2 <= radius**2
+
+
+def tumour(centre, radius):
+    label = np.zeros(SHAPE, np.uint8)
+    label[ball(centre, radius)] = 2
+    label[ball(centre, radius / 2)] = 4
+    return label
+
+
+def scan_row(scan_id, *, patient, label, prediction, seed=0, **changes):
+    """One `ok` row of the fact table, measured and drawn from a label (or None) and a predicted label volume."""
+    image = np.random.default_rng(seed).normal(600, 60, (1, *SHAPE))
+    image = np.where(ball((2, 20, 18), 17), image, 0).astype(np.int16)
+    mask = write_nifti(prediction, GRID)
+    trust = {"mean_probability": 0.5 + seed % 50 / 100, "mean_entropy": 0.1, "outside_head_fraction": 0.0}
+    entries = [{**e, **trust} for e in score_scan(label, prediction, label_map("brats2020"), REGIONS, GRID)]
+    source = {"uri": f"/gone/{scan_id}.nii.gz", "role": "image", "modality": "flair", "index": None, "size_bytes": 9, "tag": "t"}
+    sources = [source] if label is None else [source, {**source, "role": "label", "modality": None}]
+    return {
+        **common(scan_id, patient, sources),
+        "status": "ok",
+        "shape": list(SHAPE),
+        "spacing_mm": list(GRID.spacing_mm),
+        "affine": list(GRID.affine),
+        "orientation": GRID.orientation,
+        "modalities": ["flair"],
+        "mask": mask,
+        "mask_encoding": "nii.gz",
+        "mask_sha256": hashlib.sha256(mask).hexdigest(),
+        "regions": entries,
+        "thumbnail": make_thumbnail(image, tuple((0, n) for n in SHAPE), GRID, label, prediction, ("flair",)),
+        "seconds_decode": 0.25,
+        "seconds_predict": 0.5,
+        "seconds_finish": 0.125,
+        **changes,
+    }
+
+
+def common(scan_id, patient, sources):
+    return {
+        "scan_id": scan_id,
+        "patient_id": patient,
+        "dataset": "synthetic",
+        "label_map": "brats2020",
+        "fold": 0,
+        "sources": sources,
+        "attributes": [("site", "A")],
+        "warnings": [],
+        "model_fingerprint": "f" * 64,
+        "config_fingerprint": "c" * 64,
+        "content_tag": "t" * 64,
+        "run_id": "run-1",
+        "node": "here",
+        "attempt": 1,
+        "finished_at": NOW,
+    }
+
+
+def failed_row(scan_id, *, patient, code="CORRUPT", stage="decode", labelled=True):
+    source = {"uri": f"/gone/{scan_id}.nii.gz", "role": "label" if labelled else "image", "modality": None, "index": None}
+    error = {"status": "failed", "error_code": code, "error_stage": stage, "error_message": f"{scan_id}: found a stub, expected a scan"}
+    return {**common(scan_id, patient, [source]), **error}
+
+
+def typical_rows(number=16):
+    """Scans of every side of the split, each better than the one before; one missed, spurious, empty, unlabelled, failed."""
+    rows = []
+    for i in range(number):
+        label, answer = tumour((2, 18, 16), 5 + i % 4), tumour((2, 18, 16 + (number - i) // 4), 5 + i % 4)
+        rows.append(scan_row(f"scan-{i:03d}", patient=f"p{i:03d}", label=label, prediction=answer, seed=i))
+    nothing, something = np.zeros(SHAPE, np.uint8), tumour((2, 20, 20), 6)
+    special = {"missed": (something, nothing), "spurious": (nothing, something), "empty": (nothing, nothing), "blind": (None, something)}
+    for name, (label, answer) in special.items():
+        rows.append(scan_row(name, patient=name, label=label, prediction=answer))
+    rows.append(failed_row("broken-1", patient="broken-1"))
+    rows.append(failed_row("broken-2", patient="broken-2", code="INTERNAL", stage="predict"))
+    rows.append(failed_row("broken-3", patient="broken-3", labelled=False))
+    return rows
+
+
+def by_three(rows):
+    """A split that deals the rows' patients out in turn; every fourth is left outside."""
+    split = {side: [] for side in SIDES}
+    for i, row in enumerate(rows):
+        if i % 4 < 3:
+            split[SIDES[i % 4]].append(row["patient_id"])
+    return split
+
+
+def all_test(rows):
+    return {"train": ["t1"], "validation": ["v1"], "test": [row["patient_id"] for row in rows]}
+
+
+def write_run(folder, rows, *, split=None, rows_a_part=8, model=None, **info):
+    """A run folder as `segment` leaves it."""
+    card = {"name": "tiny-net", "dataset": "synthetic", "label_map": "brats2020", "regions": list(REGIONS), "modalities": ["flair"]}
+    card |= {"fingerprint": "f" * 64, "split": split or all_test(rows), "selection_biased": False, "accept_leakage": False}
+    card |= {"metrics": {"held_out": {"WT": {"dice_mean": 0.7, "num_scans": 9}}}, **(model or {})}
+    body = {"run_id": "run-1", "brainseg_version": "0.1", "created_at": "2026-03-01T10:00:00+00:00", "archive": "/gone"}
+    body |= {"finished_at": "2026-03-01T12:00:00+00:00", "model": card, "counts": {"found": len(rows)}, "timings": {"wall_s": 7200.0}}
+    storage.write_json(str(folder / "run.json"), body | info)
+    for start in range(0, len(rows), rows_a_part):
+        table = pa.Table.from_pylist(rows[start : start + rows_a_part], schema=tables.SCANS)
+        storage.write_table(str(folder / "scans" / f"{start:05d}.parquet"), table)
+    return str(folder)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, its attributes, its visible text, the figures in it."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.attributes, self.words, self.values = [], [], [], []
+        self._open = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += attrs
+        self._open.append(tag)
+        if tag == "data":
+            self.values.append(dict(attrs)["value"])
+
+    def handle_endtag(self, tag):
+        if tag in self._open:
+            while self._open.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self._open):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def make_page(run, tmp_path):
+    out = tmp_path / "report.html"
+    made = report.build_report([run], str(out))
+    return made, out.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return typical_rows()
+
+
+def test_the_figures_are_those_of_the_parquet(rows, tmp_path):
+    run = write_run(tmp_path / "run", rows)
+    flat = [
+        {**entry, "patient_id": row["patient_id"]}
+        for part in sorted((tmp_path / "run" / "scans").iterdir())
+        for row in pq.read_table(part, columns=["patient_id", "regions"]).to_pylist()
+        for entry in row["regions"] or ()
+        if entry["region"] == "WT"
+    ]
+    dice = [e["dice"] for e in flat if e["dice"] is not None]
+    group = report.summary([run])["groups"][0]
+    figure = group["regions"][0]
+    assert (group["split"], figure["region"]) == ("test", "WT")
+    assert figure["dice"]["mean"] == pytest.approx(np.mean(dice))
+    assert [figure["dice"][q] for q in ("q1", "median", "q3")] == pytest.approx(np.quantile(dice, (0.25, 0.5, 0.75)))
+    patients = [e["patient_id"] for e in flat if e["dice"] is not None]
+    assert tuple(figure["dice_interval"]) == bootstrap_interval(dice, patients)
+    for name in ("iou", "precision", "recall"):
+        assert figure[name]["mean"] == pytest.approx(np.mean([e[name] for e in flat if e[name] is not None]))
+    distances = [e["hd95_mm"] for e in flat if e["hd95_mm"] is not None]
+    assert figure["hd95_mm"]["num_infinite"] == np.isinf(distances).sum() == 2
+    assert figure["hd95_mm"]["mean_finite"] == pytest.approx(np.mean([d for d in distances if np.isfinite(d)]))
+    assert {s: figure["states"][s] for s in ("missed", "spurious", "both_empty")} == {"missed": 1, "spurious": 1, "both_empty": 1}
+    assert figure["dice_mean_failed_as_zero"] == pytest.approx(sum(dice) / (len(dice) + 2))
+
+
+def test_every_figure_of_the_summary_stands_on_the_page_and_no_other(rows, tmp_path):
+    run = write_run(tmp_path / "run", rows, split=by_three(rows), baselines={"nothing": {"WT": 0.0, "ET": 0.0}})
+    summary = report.summary([run])
+    page = Page(make_page(run, tmp_path)[1])
+
+    def leaves(node):
+        if isinstance(node, dict | list):
+            for inner in node.values() if isinstance(node, dict) else node:
+                yield from leaves(inner)
+        elif isinstance(node, float | int | str):
+            yield str(node)
+
+    known = set(leaves(summary)) | {str(t["median_volume_mm3"] / 1000) for t in summary["trust"]}
+    assert page.values
+    assert set(page.values) <= known
+    for group in summary["groups"]:
+        for figure in group["regions"]:
+            wanted = [figure["dice"]["mean"], figure["dice"]["median"], *figure["dice_interval"], figure["dice_mean_failed_as_zero"]]
+            assert {str(value) for value in wanted if value is not None} <= set(page.values)
+
+
+def test_the_denominators_add_up(rows, tmp_path):
+    counts = report.summary([write_run(tmp_path / "run", rows)])["counts"]
+    assert counts == {
+        "found": 23,
+        "eligible": 21,
+        "segmented": 20,
+        "labelled": 21,
+        "evaluated": 19,
+        "failed": 3,
+        "missing": 0,
+        "patients": 23,
+    }
+
+
+def test_held_out_patients_lead_and_training_patients_are_named_as_such(rows, tmp_path):
+    run = write_run(tmp_path / "run", rows, split=by_three(rows))
+    made, html = make_page(run, tmp_path)
+    summary = report.summary([run])
+    assert made.headline == summary["headline"] == "test"
+    assert [group["split"] for group in summary["groups"]] == ["test", "outside", "validation", "train"]
+    assert sum(group["scans"] for group in summary["groups"]) == len(rows)
+    assert "Seen in training" in Page(html).text
+    by_patient = {who: side for side, patients in by_three(rows).items() for who in patients}
+    for row in summary["scans"]["rows"]:
+        assert row["split"] == by_patient.get(row["patient_id"], "outside")
+
+
+def test_training_scans_alone_are_no_evaluation(rows, tmp_path):
+    split = {"train": [row["patient_id"] for row in rows], "validation": [], "test": []}
+    made, html = make_page(write_run(tmp_path / "run", rows, split=split), tmp_path)
+    assert made.headline == "train"
+    assert "this is no evaluation" in Page(html).text
+
+
+def test_a_split_by_scan_is_looked_up_by_scan(rows, tmp_path):
+    split = {"unit": "scan", "train": ["scan-000"], "validation": [], "test": ["scan-001", "scan-002"]}
+    groups = {g["split"]: g["scans"] for g in report.summary([write_run(tmp_path / "run", rows, split=split)])["groups"]}
+    assert groups == {"test": 2, "train": 1, "outside": len(rows) - 3}
+
+
+def test_what_must_be_known_before_believing_a_figure_is_said_in_red(rows, tmp_path):
+    odd = [dict(row) for row in rows]
+    odd[0] |= {"modalities_duplicated": ["t1"]}
+    odd[1] |= {"modalities_missing": ["t2"]}
+    run = write_run(tmp_path / "run", odd, model={"accept_leakage": True, "selection_biased": True}, finished_at=None, counts={"found": 30})
+    (tmp_path / "run" / "scans" / "99999.parquet").write_bytes(b"PAR1 torn")
+    alerts = " ".join(report.summary([run])["alerts"])
+    for words in ("Leakage", "Selection bias", "not finished", "99999.parquet", "7 of 30 scans have no row", "lacked", "twice"):
+        assert words in alerts
+    page = Page(make_page(run, tmp_path)[1])
+    assert "Leakage was accepted" in page.text
+    assert "Before you believe a figure" in page.text
+
+
+def test_a_clean_run_raises_no_alarm(rows, tmp_path):
+    run = write_run(tmp_path / "run", rows)
+    assert report.summary([run])["alerts"] == []
+    assert "Before you believe" not in make_page(run, tmp_path)[1]
+
+
+def test_a_scan_written_twice_counts_once_and_the_last_row_wins(rows, tmp_path):
+    better = scan_row("scan-000", patient="p000", label=tumour((2, 18, 16), 5), prediction=tumour((2, 18, 16), 5), attempt=2)
+    once = report.summary([write_run(tmp_path / "once", [better, *rows[1:]])])
+    twice = report.summary([write_run(tmp_path / "twice", [better, *rows], counts={"found": len(rows)})])
+    assert once["groups"] == twice["groups"]
+    assert once["counts"] == twice["counts"]
+    assert "found twice" in " ".join(twice["alerts"])
+
+
+def test_runs_are_pooled_scan_by_scan(rows, tmp_path):
+    first = write_run(tmp_path / "a", rows[:10])
+    second = write_run(tmp_path / "b", rows[10:])
+    both, whole = report.summary([first, second]), report.summary([write_run(tmp_path / "c", rows)])
+    assert both["groups"] == whole["groups"]
+    assert len(both["runs"]) == 2
+    report.build_report([first, second], str(tmp_path / "both.html"))
+
+
+def test_the_rule_changes_what_both_empty_counts(rows, tmp_path):
+    run = write_run(tmp_path / "run", rows)
+    exclude, brats = (report.summary([run], rule=rule)["groups"][0]["regions"][0] for rule in ("exclude", "brats"))
+    assert brats["num_scored"] == exclude["num_scored"] + 1
+    total = exclude["dice"]["mean"] * exclude["num_scored"] + 1
+    assert brats["dice"]["mean"] == pytest.approx(total / brats["num_scored"])
+    low, high = brats["dice_interval"]
+    assert low < brats["dice"]["mean"] < high
+
+
+def test_without_labels_the_page_says_so_and_shows_how_far_to_trust_it(tmp_path):
+    rows = [scan_row(f"s{i}", patient=f"p{i}", label=None, prediction=tumour((2, 18, 16), 6), seed=i) for i in range(5)]
+    made, html = make_page(write_run(tmp_path / "run", rows), tmp_path)
+    assert made.headline is None
+    assert made.dice == {}
+    text = Page(html).text
+    assert "No scan was evaluated" in text
+    assert "Least certain" in text
+
+
+def test_a_run_without_a_row_still_makes_a_page(tmp_path):
+    made, html = make_page(write_run(tmp_path / "run", [], counts={"found": 3}), tmp_path)
+    assert made.counts["missing"] == 3
+    assert "3 of 3 scans have no row yet" in Page(html).text
+
+
+def test_a_place_that_is_no_run_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match=r"no run\.json"):
+        report.build_report([str(tmp_path)], str(tmp_path / "report.html"))
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_page_needs_nothing_but_itself(rows, tmp_path):
+    html = make_page(write_run(tmp_path / "run", rows), tmp_path)[1]
+    page = Page(html)
+    assert not {"link", "iframe", "img", "object", "base"} & set(page.elements)
+    assert "src" not in {name for name, _ in page.attributes}
+    for name, value in page.attributes:
+        if name == "href":
+            assert value.startswith(("#", "data:image/png;base64,"))
+    assert not re.search(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]{2,}", re.sub(r"base64,[A-Za-z0-9+/=]+", "", html))
+
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> {{ 7 * 7 }} \'"&'
+
+
+def test_a_hostile_scan_id_stays_inert(rows, tmp_path):
+    evil = [
+        scan_row(HOSTILE, patient=HOSTILE, label=tumour((2, 18, 16), 6), prediction=tumour((2, 18, 10), 6), warnings=[f"SPACING: {HOSTILE}"]),
+        failed_row(f"{HOSTILE}2", patient=None, code=HOSTILE),
+        *rows,
+    ]
+    tame_page = Page(make_page(write_run(tmp_path / "tame", rows), tmp_path)[1])
+    html = make_page(write_run(tmp_path / "evil", evil, model={"name": HOSTILE, "dataset": HOSTILE}, run_id=HOSTILE), tmp_path)[1]
+    page = Page(html)
+    assert page.elements.count("script") == tame_page.elements.count("script") == 2
+    assert "img" not in page.elements
+    assert not {name for name, _ in page.attributes if name.startswith("on")}
+    assert HOSTILE in page.text
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S).group(1))
+    assert HOSTILE in {row[0] for row in data["rows"]}
+
+
+def test_the_same_parquet_gives_the_same_bytes(rows, tmp_path):
+    run = write_run(tmp_path / "run", rows)
+    assert make_page(run, tmp_path)[1] == make_page(run, tmp_path)[1]
+
+
+def test_more_scans_than_a_table_holds_are_limited_to_the_worst_and_the_page_stays_small(rows, tmp_path):
+    many = [{**rows[i % 16], "scan_id": f"scan-{i:05d}", "patient_id": f"p{i:05d}"} for i in range(MAX_ROWS + 200)]
+    made, html = make_page(write_run(tmp_path / "run", many, rows_a_part=400), tmp_path)
+    assert made.size_bytes == len(html.encode()) < 3_000_000
+    summary = report.summary([str(tmp_path / "run")])
+    shown = [np.mean([r["dice"] for r in row["regions"]]) for row in summary["scans"]["rows"]]
+    assert len(shown) == MAX_ROWS
+    assert shown == sorted(shown)
+    assert f"of {len(many):,}" in Page(html).text
+    assert len(Page(html).elements) < 20_000
+
+
+def test_the_quarantine_counts_every_failed_scan_by_its_code(rows, tmp_path):
+    run = write_run(tmp_path / "run", rows)
+    quarantine = report.summary([run])["quarantine"]
+    assert {q["code"]: q["count"] for q in quarantine} == {"CORRUPT": 2, "INTERNAL": 1}
+    text = Page(make_page(run, tmp_path)[1]).text
+    for name in ("broken-1", "broken-2", "broken-3"):
+        assert f"{name}: found a stub, expected a scan" in text
+
+
+def test_the_gallery_goes_from_the_worst_over_the_median_to_the_best_and_shows_nobody_twice(rows, tmp_path):
+    cohort = load([write_run(tmp_path / "run", rows)])
+    shelves = choose(cohort, "test")
+    ids, dice = cohort.scans["scan_id"].to_pylist(), {}
+    for entry in cohort.regions.to_pylist():
+        dice.setdefault(entry["row"], []).append(entry["dice"])
+    chosen = [[np.mean(dice[row]) for row in shelf] for _, shelf in shelves]
+    assert [title for title, _ in shelves] == ["Worst", "Median", "Best"]
+    assert max(chosen[0]) <= min(chosen[1])
+    assert max(chosen[1]) <= min(chosen[2])
+    shown = [row for _, shelf in shelves for row in shelf]
+    assert len(shown) == len(set(shown))
+    assert "missed" in {ids[row] for row in shelves[0][1]}
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7])
+def test_a_small_cohort_is_shown_whole_or_by_thirds(number, tmp_path):
+    rows = typical_rows()[:number]
+    shelves = choose(load([write_run(tmp_path / "run", rows)]), "test")
+    shown = [row for _, shelf in shelves for row in shelf]
+    assert len(shown) == len(set(shown)) >= min(number, 3)
+
+
+def test_the_summary_is_plain_json(rows, tmp_path):
+    summary = report.summary([write_run(tmp_path / "run", rows)])
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summarise(load([str(tmp_path / "run")])) == summary
+
+
+def test_masks_and_pictures_are_not_read_for_the_numbers(rows, tmp_path):
+    cohort = load([write_run(tmp_path / "run", rows)])
+    assert not {"mask", "thumbnail"} & set(cohort.scans.column_names)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_an_outline_is_as_long_as_the_border_between_inside_and_outside(height, width, seed):
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    padded = np.pad(mask, 1)
+    border = sum(int((np.diff(padded.astype(int), axis=axis) != 0).sum()) for axis in (0, 1))
+    across = sum(int(stop) - int(start) for start, stop in re.findall(r"M(\d+) \d+H(\d+)", figures.outline(mask)))
+    down = sum(int(stop) - int(start) for start, stop in re.findall(r"M\d+ (\d+)V(\d+)", figures.outline(mask)))
+    assert across + down == border
+
+
+@pytest.mark.parametrize("number", [0, 1, 50, figures.MAX_DOTS, figures.MAX_DOTS + 1])
+def test_charts_draw_every_scan_or_say_how_many(number):
+    draws = np.random.default_rng(0).random(number)
+    points = [figures.Point(f"s{i}", "both", float(d), float(10 ** (4 * d))) for i, d in enumerate(draws)]
+    chart = figures.distribution(points, None, "all")
+    if number <= figures.MAX_DOTS:
+        assert chart.count("<circle") == number
+    else:
+        assert sum(int(n) for n in re.findall(r": (\d+) scans<", chart)) == number
+    assert figures.dice_against_volume(points, "mL", "all").count("<circle") == min(number, figures.MAX_DOTS)
+
+
+def test_the_template_is_part_of_the_package():
+    assert Path(report.__file__).with_name("template.html.j2").is_file()

@@ -1,0 +1,442 @@
+"""Storage: one class of laws that local disk and S3 both keep, then what is particular to each."""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moto import mock_aws
+
+from brainseg import storage
+from brainseg.errors import Code, StorageError
+
+BUCKET = "archive"
+
+
+@contextmanager
+def own_credentials() -> Iterator[pytest.MonkeyPatch]:
+    """Keys that open nothing, and a client made anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+            patch.setenv(name, value)
+        storage._client.cache_clear()
+        yield patch
+        storage._client.cache_clear()
+
+
+@pytest.fixture
+def credentials() -> Iterator[pytest.MonkeyPatch]:
+    with own_credentials() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="class")
+def bucket() -> Iterator[str]:
+    """A bucket of moto's S3."""
+    with own_credentials(), mock_aws():
+        storage._client(os.getpid()).create_bucket(Bucket=BUCKET)
+        yield f"s3://{BUCKET}"
+
+
+@pytest.fixture(params=["disk", "s3"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place to write to, on either kind of storage."""
+    if request.param == "disk":
+        return str(tmp_path / "base")
+    return f"{request.getfixturevalue('bucket')}/{tmp_path.name}/base"
+
+
+def names(root: str) -> list[str]:
+    return [entry.uri.removeprefix(root + "/") for entry in storage.list_files(root)]
+
+
+class TestEveryStorage:
+    @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 5000])
+    def test_reads_back_what_was_written(self, base: str, data: bytes) -> None:
+        storage.write_bytes(f"{base}/a/b.bin", data)
+        assert storage.read_bytes(f"{base}/a/b.bin") == data
+
+    def test_writing_again_replaces_and_changes_the_tag_or_the_size(self, base: str) -> None:
+        storage.write_bytes(f"{base}/x", b"one")
+        before = next(storage.list_files(base))
+        storage.write_bytes(f"{base}/x", b"three")
+        after = next(storage.list_files(base))
+        assert storage.read_bytes(f"{base}/x") == b"three"
+        assert (before.size_bytes, before.tag) != (after.size_bytes, after.tag)
+
+    def test_lists_recursively_in_the_order_of_uris_with_sizes(self, base: str) -> None:
+        wanted = ["a/2", "a.b", "a-b/1", "b/c/d", "Ä/é", "a/10", ".hidden", "z", "glob[x]*?", "a%2Fb", "q'\"`$(x)"]
+        for name in wanted:
+            storage.write_bytes(f"{base}/{name}", name.encode())
+        assert names(base) == sorted(wanted)
+        assert [e.size_bytes for e in storage.list_files(base)] == [len(n.encode()) for n in sorted(wanted)]
+        assert all(e.problem is None and e.tag for e in storage.list_files(base))
+
+    def test_lists_nothing_where_nothing_is(self, base: str) -> None:
+        assert list(storage.list_files(base)) == []
+        assert not storage.is_dir(base)
+
+    def test_a_name_that_begins_like_a_folder_is_not_inside_it(self, base: str) -> None:
+        storage.write_bytes(f"{base}/run1/x", b"")
+        storage.write_bytes(f"{base}/run10/x", b"")
+        assert names(f"{base}/run1") == ["x"]
+        assert not storage.is_dir(f"{base}/run")
+
+    def test_a_file_exists_a_folder_is_a_folder_and_neither_is_the_other(self, base: str) -> None:
+        storage.write_bytes(f"{base}/folder/file", b"")
+        assert storage.exists(f"{base}/folder/file")
+        assert storage.is_dir(f"{base}/folder")
+        assert not storage.exists(f"{base}/folder")
+        assert not storage.is_dir(f"{base}/folder/file")
+        assert not storage.exists(f"{base}/nothing")
+
+    def test_reading_what_is_not_there_is_one_clear_line(self, base: str) -> None:
+        with pytest.raises(StorageError) as caught:
+            storage.read_bytes(f"{base}/nothing")
+        assert f"{base}/nothing" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_deleting_twice_is_as_good_as_once(self, base: str) -> None:
+        storage.write_bytes(f"{base}/x", b"1")
+        storage.delete(f"{base}/x")
+        storage.delete(f"{base}/x")
+        assert not storage.exists(f"{base}/x")
+
+    def test_deleting_a_tree_leaves_its_neighbours(self, base: str) -> None:
+        for name in ("a/1", "a/b/2", "ab/3"):
+            storage.write_bytes(f"{base}/{name}", b"")
+        storage.delete_tree(f"{base}/a")
+        storage.delete_tree(f"{base}/a")
+        assert names(base) == ["ab/3"]
+
+    def test_a_writable_place_passes_the_probe_and_keeps_no_trace(self, base: str) -> None:
+        storage.write_bytes(f"{base}/x", b"")
+        storage.check_writable(base)
+        assert names(base) == ["x"]
+
+    def test_json_and_text_keep_every_letter(self, base: str) -> None:
+        storage.write_json(f"{base}/a.json", {"Zoë": [1, None, "脳"]})
+        assert storage.read_json(f"{base}/a.json") == {"Zoë": [1, None, "脳"]}
+        assert json.loads(storage.read_text(f"{base}/a.json")) == {"Zoë": [1, None, "脳"]}
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}])
+    def test_what_no_other_reader_would_accept_is_no_json(self, base: str, value: object) -> None:
+        with pytest.raises(StorageError):
+            storage.write_json(f"{base}/a.json", {"x": value})
+        assert not storage.exists(f"{base}/a.json")
+
+    @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe"])
+    def test_broken_json_is_a_storage_error(self, base: str, data: bytes) -> None:
+        storage.write_bytes(f"{base}/a.json", data)
+        with pytest.raises(StorageError, match=r"a\.json"):
+            storage.read_json(f"{base}/a.json")
+
+    def test_a_table_comes_back_with_its_schema(self, base: str) -> None:
+        storage.write_table(f"{base}/t.parquet", table(200))
+        back = storage.read_table(f"{base}/t.parquet")
+        assert back.equals(table(200))
+        assert back.schema.metadata == table(200).schema.metadata
+        assert storage.read_table(f"{base}/t.parquet", ["scan_id"]).column_names == ["scan_id"]
+
+    def test_an_absent_column_is_named(self, base: str) -> None:
+        storage.write_table(f"{base}/t.parquet", table(1))
+        with pytest.raises(StorageError, match="no column dice"):
+            storage.read_table(f"{base}/t.parquet", ["scan_id", "dice"])
+
+    @pytest.mark.parametrize("keep", [0, 4, 0.5, -1])
+    def test_a_torn_table_is_a_storage_error(self, base: str, keep: float) -> None:
+        storage.write_table(f"{base}/t.parquet", table(50))
+        whole = storage.read_bytes(f"{base}/t.parquet")
+        storage.write_bytes(f"{base}/t.parquet", whole[: int(keep * len(whole)) if 0 < keep < 1 else int(keep)])
+        with pytest.raises(StorageError, match=r"t\.parquet"):
+            storage.read_table(f"{base}/t.parquet")
+
+    def test_a_flipped_byte_in_a_table_does_not_pass(self, base: str) -> None:
+        storage.write_table(f"{base}/t.parquet", table(50))
+        data = bytearray(storage.read_bytes(f"{base}/t.parquet"))
+        data[data.index(hashlib.sha512(b"7").digest()) + 3] ^= 1
+        storage.write_bytes(f"{base}/t.parquet", bytes(data))
+        with pytest.raises(StorageError):
+            storage.read_table(f"{base}/t.parquet")
+
+    def test_masks_carry_neither_statistics_nor_dictionary(self, base: str) -> None:
+        storage.write_table(f"{base}/t.parquet", table(130))
+        meta = pq.ParquetFile(pa.BufferReader(storage.read_bytes(f"{base}/t.parquet"))).metadata
+        group = meta.row_group(0)
+        columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+        assert meta.num_row_groups == 3
+        assert {name for name, column in columns.items() if not column.is_stats_set} == {"mask", "thumbnail.image"}
+        assert columns["mask"].dictionary_page_offset is None
+        assert columns["scan_id"].compression == "ZSTD"
+
+
+def table(rows: int) -> pa.Table:
+    """A small table of the kinds of columns a part has; its masks do not compress, as real ones do not."""
+    masks = [hashlib.sha512(str(n).encode()).digest() for n in range(rows)]
+    columns = {
+        "scan_id": pa.array([str(n) for n in range(rows)]),
+        "mask": pa.array(masks, pa.large_binary()),
+        "thumbnail": pa.array([{"image": mask} for mask in masks], pa.struct([("image", pa.binary())])),
+        "attributes": pa.array([[("site", "CS")]] * rows, pa.map_(pa.string(), pa.string())),
+    }
+    return pa.table(columns).replace_schema_metadata({"table": "scans"})
+
+
+class TestNames:
+    @settings(max_examples=60, deadline=None)
+    @given(st.text(), st.text())
+    def test_no_part_leads_out_of_its_base(self, first: str, second: str) -> None:
+        base = "/archive/run"
+        try:
+            joined = storage.join(base, first, second)
+        except StorageError:
+            return
+        assert joined == f"{base}/{first}/{second}"
+        assert Path(os.path.normpath(joined)).is_relative_to(base)
+        assert os.path.normpath(joined) == joined
+
+    @pytest.mark.parametrize(
+        "part", ["", "..", ".", "/etc/x", "../../x", "a/../../b", "a\\..\\b", "a//b", "a/", "x\0", "s3://b/k"]
+    )
+    def test_a_part_that_could_is_refused(self, part: str) -> None:
+        with pytest.raises(StorageError):
+            storage.join("s3://bucket/run", part)
+
+    def test_names_and_joins_agree(self) -> None:
+        assert storage.join("s3://bucket/", "a/b", "c") == "s3://bucket/a/b/c"
+        assert storage.name_of("s3://bucket/a/b/c/") == "c"
+        assert storage.is_remote("s3://bucket/a")
+        assert not storage.is_remote("/s3:/a")
+
+    def test_absolute_expands_and_is_its_own_fixed_point(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert storage.absolute("a/../b/") == storage.absolute("~/b") == str(tmp_path / "b")
+        assert storage.absolute("s3://bucket/x/") == "s3://bucket/x"
+        assert storage.absolute(storage.absolute("b")) == storage.absolute("b")
+
+    @pytest.mark.parametrize("uri", ["gs://bucket/x", "https://host/x", "s3:///key"])
+    def test_a_place_of_another_kind_is_refused(self, uri: str) -> None:
+        with pytest.raises(StorageError):
+            storage.absolute(uri)
+
+
+class TestLocalDisk:
+    def problems(self, root: Path) -> dict[str, Code | None]:
+        return {e.uri.removeprefix(f"{root}/"): e.problem for e in storage.list_files(str(root))}
+
+    def test_links_are_followed_only_to_files_inside_the_root(self, tmp_path: Path) -> None:
+        root, outside = tmp_path / "root", tmp_path / "outside"
+        (root / "real").mkdir(parents=True)
+        (root / "real/file").write_bytes(b"inside")
+        outside.write_bytes(b"secret")
+        for name, target in {
+            "inside": "real/file",
+            "outside": outside,
+            "folder": "real",
+            "up": "..",
+            "dangling": "nothing",
+            "loop": "loop",
+        }.items():
+            (root / name).symlink_to(target)
+        assert self.problems(root) == {
+            "dangling": Code.NOT_A_FILE,
+            "folder": Code.NOT_A_FILE,
+            "inside": None,
+            "loop": Code.NOT_A_FILE,
+            "outside": Code.OUTSIDE_ROOT,
+            "real/file": None,
+            "up": Code.OUTSIDE_ROOT,
+        }
+
+    def test_a_root_that_is_itself_a_link_is_listed(self, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "real/file").write_bytes(b"")
+        (tmp_path / "link").symlink_to("real")
+        assert self.problems(tmp_path / "link") == {"file": None}
+
+    def test_a_pipe_is_listed_as_a_problem_and_never_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe.nii.gz")
+        assert self.problems(tmp_path) == {"pipe.nii.gz": Code.NOT_A_FILE}
+        with pytest.raises(StorageError, match="regular file"):
+            storage.read_bytes(str(tmp_path / "pipe.nii.gz"))
+
+    def test_a_socket_and_a_folder_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("s")
+            for name in ("s", "."):
+                with pytest.raises(StorageError):
+                    storage.read_bytes(name)
+
+    def test_a_name_that_is_not_utf8_is_listed_readably(self, tmp_path: Path) -> None:
+        os.close(os.open(os.fsencode(tmp_path) + b"/caf\xe9.png", os.O_CREAT))
+        ((uri, problem),) = self.problems(tmp_path).items()
+        assert problem == Code.BAD_ID
+        assert uri.encode("utf-8") == b"caf\\udce9.png"
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+    def test_a_folder_that_may_not_be_read_is_listed(self, tmp_path: Path) -> None:
+        (tmp_path / "closed").mkdir(mode=0)
+        assert self.problems(tmp_path) == {"closed": Code.UNREADABLE}
+
+    def test_a_very_deep_tree_is_no_trouble(self, tmp_path: Path) -> None:
+        deep = tmp_path.joinpath(*["d"] * 1200)
+        folder = os.open(tmp_path, os.O_RDONLY)
+        try:
+            for _ in range(1200):
+                os.mkdir("d", dir_fd=folder)
+                below = os.open("d", os.O_RDONLY, dir_fd=folder)
+                os.close(folder)
+                folder = below
+        finally:
+            os.close(folder)
+        storage.write_bytes(str(deep / "x"), b"1")
+        assert [e.size_bytes for e in storage.list_files(str(tmp_path))] == [1]
+
+    def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(self, tmp_path: Path) -> None:
+        storage.write_bytes(str(tmp_path / "x"), b"old")
+        with pytest.raises((StorageError, TypeError)):
+            storage.write_bytes(str(tmp_path / "x"), "not bytes")  # type: ignore[arg-type]
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(StorageError):
+            storage.write_bytes(str(tmp_path / "folder"), b"new")
+        assert (tmp_path / "x").read_bytes() == b"old"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "x"]
+
+    def test_readers_see_a_whole_file_while_it_is_rewritten(self, tmp_path: Path) -> None:
+        bodies = [bytes([n]) * 100_000 for n in range(4)]
+        storage.write_bytes(f"{tmp_path}/x", bodies[0])
+        with ThreadPoolExecutor(4) as pool:
+            seen = pool.map(lambda _: storage.read_bytes(f"{tmp_path}/x"), range(24))
+            for body in bodies:
+                storage.write_bytes(f"{tmp_path}/x", body)
+            assert all(data in bodies for data in seen)
+        assert names(str(tmp_path)) == ["x"]
+
+    def test_a_file_in_the_way_of_a_folder_is_a_storage_error(self, tmp_path: Path) -> None:
+        (tmp_path / "x").write_bytes(b"")
+        with pytest.raises(StorageError):
+            storage.write_bytes(str(tmp_path / "x/y"), b"")
+        assert not storage.exists(str(tmp_path / "x/y"))
+
+
+class TestObjectStore:
+    def test_lists_past_the_first_page(self, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "4")
+        wanted = [f"{n:02d}" for n in range(11)]
+        for name in wanted:
+            storage.write_bytes(f"{bucket}/p/{name}", b"")
+        assert names(f"{bucket}/p") == wanted
+
+    def test_folder_markers_are_folders(self, bucket: str) -> None:
+        storage._client(os.getpid()).put_object(Bucket=BUCKET, Key="m/")
+        storage.write_bytes(f"{bucket}/m/x", b"")
+        assert names(f"{bucket}/m") == ["x"]
+
+    @pytest.mark.parametrize(
+        "act", [storage.read_bytes, lambda uri: list(storage.list_files(uri)), lambda uri: storage.write_bytes(uri, b"")]
+    )
+    def test_a_missing_bucket_is_named_as_such(self, bucket: str, act: Callable[[str], object]) -> None:
+        with pytest.raises(StorageError, match="no such bucket"):
+            act("s3://no-such-bucket/x")
+
+
+class FaultyStore(ThreadingHTTPServer):
+    """A store that answers GET with 1,000 bytes, after the faults it was told to commit."""
+
+    daemon_threads = True
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__(("127.0.0.1", 0), FaultyAnswer)
+        self.faults, self.requests = faults, 0
+
+
+class FaultyAnswer(BaseHTTPRequestHandler):
+    server: FaultyStore
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.server.requests += 1
+        fault = self.server.faults.pop(0) if self.server.faults else ""
+        self.close_connection = True
+        if fault == "reset":
+            return
+        self.send_response(int(fault) if fault.isdigit() else 200)
+        self.send_header("Content-Length", "0" if fault.isdigit() else "1000")
+        self.end_headers()
+        self.wfile.write(b"" if fault.isdigit() else b"x" * (300 if fault == "cut" else 1000))
+
+    def log_message(self, *words: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def faulty(credentials: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultyStore]]:
+    """Start a faulty store at which the client's endpoint points."""
+    started: list[FaultyStore] = []
+
+    def start(*faults: str) -> FaultyStore:
+        store = FaultyStore(list(faults))
+        started.append(store)
+        Thread(target=store.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        credentials.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{store.server_port}")
+        return store
+
+    yield start
+    for store in started:
+        store.shutdown()
+        store.server_close()
+
+
+class TestRetries:
+    @pytest.mark.parametrize("faults", [["cut"], ["cut", "cut"], ["503"], ["reset"], ["cut", "500", "cut"]])
+    def test_passing_faults_are_outlived(self, faulty: Callable[..., FaultyStore], faults: list[str]) -> None:
+        store = faulty(*faults)
+        assert storage.read_bytes("s3://bucket/x") == b"x" * 1000
+        assert store.requests == len(faults) + 1
+
+    def test_a_refusal_is_not_asked_again(self, faulty: Callable[..., FaultyStore]) -> None:
+        store = faulty("403", "403", "403")
+        with pytest.raises(StorageError, match="refuses access"):
+            storage.read_bytes("s3://bucket/x")
+        assert store.requests == 1
+
+    def test_a_lasting_fault_ends_at_the_deadline(
+        self, faulty: Callable[..., FaultyStore], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(storage, "DEADLINE_S", 1.5)
+        store = faulty(*["cut"] * 50)
+        with pytest.raises(StorageError, match="could not read s3://bucket/x"):
+            storage.read_bytes("s3://bucket/x")
+        assert 1 < store.requests < 8
+
+    def test_an_absent_endpoint_is_named_as_such(
+        self, credentials: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(storage, "DEADLINE_S", 0.0)
+        credentials.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        with pytest.raises(StorageError, match="AWS_ENDPOINT_URL"):
+            storage.exists("s3://bucket/x")
+
+    def test_missing_credentials_are_named_as_such(self, credentials: pytest.MonkeyPatch) -> None:
+        credentials.delenv("AWS_ACCESS_KEY_ID")
+        credentials.delenv("AWS_SECRET_ACCESS_KEY")
+        credentials.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        credentials.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+        credentials.setenv("AWS_CONFIG_FILE", "/nonexistent")
+        with pytest.raises(StorageError, match="no credentials"):
+            storage.read_bytes("s3://bucket/x")

@@ -235,7 +235,7 @@ def _quantile(ordered: Floats, q: float) -> float | None:
 
 
 def _pooled_dice(tp: float, fp: float, fn: float) -> float | None:
-    """Dice of all voxels together: large tumours weigh more than small ones."""
+    """Dice of all voxels together. Large tumours weigh more, and a wholly wrong mask withdrawn can raise it."""
     whole = 2 * tp + fp + fn
     return float(2 * tp / whole) if whole else None
 

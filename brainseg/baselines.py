@@ -136,7 +136,7 @@ def _thumbnails(image: NDArray[Any]) -> NDArray[np.float16]:
     small -= small.mean(axis=-1, keepdims=True)
     deviation = small.std(axis=-1, keepdims=True)
     flat = deviation <= flat_below
-    z: NDArray[np.float32] = np.where(flat, 0, small / np.where(flat, 1, deviation))
+    z = np.where(flat, 0, small / np.where(flat, 1, deviation))
     return z.reshape(depth, -1).astype(np.float16)
 
 
@@ -144,20 +144,26 @@ def _resize_masks(masks: NDArray[np.bool_], height: int, width: int) -> NDArray[
     """Resize masks (R, H, W): a voxel is set where at least half of its area was."""
     if masks.shape[1:] == (height, width):
         return masks
-    # The slack keeps a voxel that is covered exactly by half on the inside after rounding
+    # The slack keeps a voxel that is covered exactly by half on the inside after rounding.
     return _area_mean(masks, height, width) >= 0.5 - 1e-5
 
 
 def _area_mean(stack: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
     """Resize planes (N, H, W) so that each new pixel is the mean of the area that it covers; NaN and infinity count 0."""
-    rows, columns = _shares(stack.shape[1], height), _shares(stack.shape[2], width)
-    finite = np.nan_to_num(stack.astype(np.float32), copy=False, posinf=0, neginf=0)
-    return np.matmul(rows @ finite, columns.T, dtype=np.float32)
+    finite: NDArray[np.float32] = np.nan_to_num(stack.astype(np.float32), copy=False, posinf=0, neginf=0)
+    narrow = _along_the_last(finite, _shares(stack.shape[2], width))
+    return _along_the_last(narrow.swapaxes(1, 2), _shares(stack.shape[1], height)).swapaxes(1, 2)
+
+
+def _along_the_last(planes: NDArray[np.float32], shares: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Apply shares (new, old) to the last axis of (N, M, old), as one matrix product rather than one a plane."""
+    product: NDArray[np.float32] = planes.reshape(-1, planes.shape[2]) @ shares.T
+    return product.reshape(*planes.shape[:2], len(shares))
 
 
 def _shares(old: int, new: int) -> NDArray[np.float32]:
     """Weights (new, old): which share of each new pixel every old pixel covers. Rows sum to 1."""
     starts = np.arange(new)[:, None] * (old / new)
     cells = np.arange(old)[None, :]
-    overlap = np.minimum(starts + old / new, cells + 1) - np.maximum(starts, cells)
+    overlap: NDArray[np.float64] = np.minimum(starts + old / new, cells + 1) - np.maximum(starts, cells)
     return (np.clip(overlap, 0, None) * (new / old)).astype(np.float32)

@@ -5,9 +5,10 @@ a region. Its entries say where; a list of entries is the index. `SampleSet` tur
 grid, holding prepared slices in memory where they fit and reading through memory maps where they do not.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Entry:
     shape: tuple[int, int, int, int]  # (C, D, h, w)
     plan: Plan
     foreground: tuple[int, ...]  # slices that hold any region
+    digest: str  # sha256 of the shard, so that a copy of an older one is never taken for it
 
     @property
     def image_bytes(self) -> int:
@@ -93,12 +95,15 @@ def write_shard(scans: Sequence[tuple[Scan, str]], uri: str, config: TrainConfig
                 shape=(c, d, h, w),
                 plan=plan_scan(scan, config.modalities, config.prepare, config.network.context_slices),
                 foreground=tuple(int(i) for i in np.flatnonzero(bits.any(axis=(1, 2)))),
+                digest="",
             )
         )
         parts += [crop.tobytes(), bits.tobytes()]
         offset += crop.nbytes + bits.nbytes
-    storage.write_bytes(uri, b"".join(parts))
-    return entries
+    data = b"".join(parts)
+    storage.write_bytes(uri, data)
+    digest = hashlib.sha256(data).hexdigest()
+    return [replace(entry, digest=digest) for entry in entries]
 
 
 class SampleSet:
@@ -163,16 +168,16 @@ class SampleSet:
 
     def _voxels(self, entry: Entry) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         """Views into the shard: crop `(C, D, h, w)` and region bits `(D, h, w)`."""
-        raw = self._map(entry.shard)
+        raw = self._map(entry)
         stop = entry.offset + entry.image_bytes
         crop = raw[entry.offset : stop].view(np.dtype(entry.dtype)) if _aligned(entry) else _copied(raw, entry, stop)
         bits = raw[stop : stop + int(np.prod(entry.shape[1:]))]
         return crop.reshape(entry.shape), bits.reshape(entry.shape[1:])
 
-    def _map(self, uri: str) -> NDArray[np.uint8]:
-        if uri not in self._maps:
-            self._maps[uri] = np.memmap(local_copy(uri), np.uint8, mode="r")
-        return self._maps[uri]
+    def _map(self, entry: Entry) -> NDArray[np.uint8]:
+        if entry.shard not in self._maps:
+            self._maps[entry.shard] = np.memmap(local_copy(entry.shard, entry.digest), np.uint8, mode="r")
+        return self._maps[entry.shard]
 
 
 def _aligned(entry: Entry) -> bool:
@@ -183,11 +188,11 @@ def _copied(raw: NDArray[np.uint8], entry: Entry, stop: int) -> NDArray[Any]:
     return np.frombuffer(raw[entry.offset : stop].tobytes(), np.dtype(entry.dtype))
 
 
-def local_copy(uri: str) -> Path:
+def local_copy(uri: str, digest: str) -> Path:
     """A path on this node that holds the shard: itself on a disk, fetched once into the temporary folder from S3."""
     if not storage.is_remote(uri):
         return Path(uri)
-    target = Path(tempfile.gettempdir()) / "brainseg-cache" / uri.removeprefix("s3://")
+    target = Path(tempfile.gettempdir()) / "brainseg-cache" / f"{digest}.bin"
     if not target.exists():
         storage.write_bytes(str(target), storage.read_bytes(uri))
     return target

@@ -22,7 +22,9 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key, such as epochs=10 or optimiser.learning_rate=1e-3.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a config key, such as epochs=10 or optimiser.learning_rate=1e-3.")
+]
 
 
 @app.command()
@@ -42,9 +44,13 @@ def demo(
 def index(
     archive: Annotated[str, typer.Argument(help="A folder or s3:// prefix of stored MRI.")],
     out: Annotated[str, typer.Option(help="The manifest to write (Parquet).")],
-    layout: Annotated[str | None, typer.Option(help="Folder convention, if it should not be recognised: lgg, figshare, brats, h5slices.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Folder convention, if it should not be recognised: lgg, figshare, brats, h5slices.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="A name for the set; by default its layout's.")] = None,
-    label_map: Annotated[str | None, typer.Option(help="What label values mean: binary, brats2013, brats2020, brats2023, brats2024.")] = None,
+    label_map: Annotated[
+        str | None, typer.Option(help="What label values mean: binary, brats2013, brats2020, brats2023, brats2024.")
+    ] = None,
     folds: Annotated[int, typer.Option(min=2, help="How many folds the patients are dealt into.")] = 5,
     seed: Annotated[int, typer.Option(help="Decides which patient lands in which fold.")] = 0,
     json_: Json = False,
@@ -54,19 +60,36 @@ def index(
     from brainseg import commands
     from brainseg.console import Voice
 
-    commands.index(archive, out, Voice(quiet=quiet, as_json=json_), layout=layout, dataset=dataset, label_map=label_map, folds=folds, seed=seed)
+    commands.index(
+        archive,
+        out,
+        Voice(quiet=quiet, as_json=json_),
+        layout=layout,
+        dataset=dataset,
+        label_map=label_map,
+        folds=folds,
+        seed=seed,
+    )
 
 
 @app.command()
 def train(
     manifest: Annotated[str, typer.Argument(help="The manifest (Parquet) that `index` wrote.")],
     out: Annotated[str, typer.Option(help="The model folder to make.")],
-    preset: Annotated[str | None, typer.Option(help="A recipe by name; `brainseg presets` lists them. Default: the strong one for the dataset.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="A recipe by name; `brainseg presets` lists them. Default: the strong one for the dataset."),
+    ] = None,
     config: Annotated[str | None, typer.Option(help="A recipe of your own (YAML).")] = None,
     set_: Set = None,
     fold: Annotated[int | None, typer.Option(help="The fold that is kept back and reported on.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that train together. Default: one per GPU, or one.")] = None,
-    accept_leakage: Annotated[bool, typer.Option("--accept-leakage", help="Train although patients may stand on both sides; every report will say so.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train together. Default: one per GPU, or one.")
+    ] = None,
+    accept_leakage: Annotated[
+        bool,
+        typer.Option("--accept-leakage", help="Train although patients may stand on both sides; every report will say so."),
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -74,7 +97,9 @@ def train(
     from brainseg import commands
     from brainseg.console import Voice
 
-    recipe = commands.recipe(manifest, preset=preset, config=config, assignments=set_ or [], fold=fold, accept_leakage=accept_leakage)
+    recipe = commands.recipe(
+        manifest, preset=preset, config=config, assignments=set_ or [], fold=fold, accept_leakage=accept_leakage
+    )
     commands.train(manifest, out, recipe, Voice(quiet=quiet, as_json=json_), workers=workers)
 
 
@@ -83,20 +108,27 @@ def segment(
     source: Annotated[str, typer.Argument(metavar="ARCHIVE|MANIFEST", help="An archive, or a manifest of one.")],
     model: Annotated[str, typer.Option(help="The model folder.")],
     out: Annotated[str, typer.Option(help="The run folder. An unfinished run of the same kind is taken up again.")],
-    max_failures: Annotated[str | None, typer.Option(help="Stop with exit code 4 once more scans failed than this: 50, or 5%.")] = None,
+    max_failures: Annotated[
+        str | None, typer.Option(help="Stop with exit code 4 once more scans failed than this: 50, or 5%.")
+    ] = None,
     set_: Set = None,
-    actors: Annotated[int | None, typer.Option(min=1, help="Inference processes. Default: one per GPU, or one per core.")] = None,
-    plan: Annotated[str | None, typer.Option(help="`fused` or `apart`: where decoding happens. Default: by what the cluster has.")] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Inference processes. Default: one per GPU, or one per core.")
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="`fused` or `apart`: where decoding happens. Default: by what the cluster has.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, do nothing.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Segment an archive with Ray Data into masks and metrics in Parquet. Exit code 3 if some scans failed."""
     from brainseg import commands
+    from brainseg.config import How, build
     from brainseg.console import Voice
 
-    voice = Voice(quiet=quiet, as_json=json_)
-    counts = commands.segment(source, model, out, voice, assignments=set_ or [], max_failures=max_failures, actors=actors, mode=plan, dry_run=dry_run)
+    how = build(How, {"max_failures": max_failures, "mode": plan, "actors": actors, "dry_run": dry_run}, "segment")
+    counts = commands.segment(source, model, out, Voice(quiet=quiet, as_json=json_), how, set_ or [])
     if counts.get("failed"):
         raise typer.Exit(ExitCode.SOME_FAILED)
 

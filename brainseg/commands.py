@@ -7,7 +7,7 @@ from typing import Any
 
 from brainseg import manifest as manifests
 from brainseg import storage
-from brainseg.config import SegmentConfig, TrainConfig, build, override, read_yaml
+from brainseg.config import How, SegmentConfig, TrainConfig, build, override, read_yaml
 from brainseg.console import Voice
 from brainseg.errors import PreflightError, UsageError
 from brainseg.model import ModelCard
@@ -35,7 +35,9 @@ def index(archive: str, out: str, voice: Voice, **options: Any) -> dict[str, Any
         voice.say(f"problem: {line}")
     for reason, names in _by_reason(inventory.ignored).items():
         voice.say(f"ignored: {len(names)} file(s): {reason}, such as {storage.name_of(names[0])}")
-    voice.result(body, f"{body['scans']} scans of {body['patients'] or 'unknown'} patients, {body['labelled']} with a label -> {out}")
+    voice.result(
+        body, f"{body['scans']} scans of {body['patients'] or 'unknown'} patients, {body['labelled']} with a label -> {out}"
+    )
     return body
 
 
@@ -78,7 +80,10 @@ def train(manifest: str, out: str, config: TrainConfig, voice: Voice, *, workers
     from brainseg.train import train_model
 
     card = train_model(storage.absolute(manifest), storage.absolute(out), config, workers=workers, say=voice.say)
-    voice.result({"model": out, "metrics": card.metrics, "baselines": card.baselines, "training": card.training}, describe_model(card, out))
+    voice.result(
+        {"model": out, "metrics": card.metrics, "baselines": card.baselines, "training": card.training},
+        describe_model(card, out),
+    )
     return card
 
 
@@ -100,24 +105,18 @@ def _figures(s: Mapping[str, Any]) -> str:
     return f"Dice mean {mean}, median {median}; missed {s['states']['missed']}, spurious {s['states']['spurious']}"
 
 
-def segment(
-    source: str, model: str, out: str, voice: Voice, *, assignments: Sequence[str] = (), max_failures: str | None = None,
-    actors: int | None = None, mode: str | None = None, dry_run: bool = False,
-) -> dict[str, int]:  # fmt: skip
+def segment(source: str, model: str, out: str, voice: Voice, how: How, assignments: Sequence[str] = ()) -> dict[str, int]:
     """Bulk-segment and say the counts."""
-    from brainseg.segment import segment_archive
+    from brainseg.segment import Ear, segment_archive
 
     settings = build(SegmentConfig, override({}, assignments), "segment")
-    if mode not in (None, "fused", "apart"):
-        raise UsageError(f"--plan {mode}: expected fused or apart")
+    places = [storage.absolute(place) for place in (source, model, out)]
     with voice.bar("segment") as bar:
-        counts = segment_archive(
-            storage.absolute(source), storage.absolute(model), storage.absolute(out), settings, max_failures=max_failures, mode=mode,
-            actors=actors, dry_run=dry_run, say=voice.say, tick=lambda p: bar.update(p.done, p.total, p.line()),
-        )  # fmt: skip
-    if not dry_run:
-        text = f"{counts['ok']} of {counts['found']} scans segmented, {counts['failed']} failed, {counts['labelled']} scored -> {out}"
-        voice.result({"run": out, "counts": counts}, text)
+        ear = Ear(voice.say, lambda p: bar.update(p.done, p.total, p.line()))
+        counts = segment_archive(places[0], places[1], places[2], settings, how, ear)
+    if not how.dry_run:
+        done = f"{counts['ok']} of {counts['found']} scans segmented, {counts['failed']} failed, {counts['labelled']} scored"
+        voice.result({"run": out, "counts": counts}, f"{done} -> {out}")
     return counts
 
 
@@ -151,18 +150,22 @@ def verify(run: str, voice: Voice) -> list[str]:
     if not storage.exists(storage.join(place, "run.json")):
         raise PreflightError(f"{run} is not a run folder: it has no run.json")
     problems = verify_run(place)
-    voice.result({"run": run, "problems": problems}, "\n".join(problems) or f"{run}: every scan exactly once, every mask as hashed")
+    voice.result(
+        {"run": run, "problems": problems}, "\n".join(problems) or f"{run}: every scan exactly once, every mask as hashed"
+    )
     return problems
 
 
 def presets(voice: Voice) -> None:
     """List the recipes."""
     body = {name: p.model_dump(mode="json") for name, p in PRESETS.items()}
-    lines = [
-        f"{n:<16} {p.prepare.size:>4} px  {', '.join(p.modalities) or 'any modality':<22} {', '.join(p.regions):<12} {p.loss.kind}, {p.optimiser.kind}, {p.epochs} epochs"
-        for n, p in PRESETS.items()
-    ]
+    lines = [_recipe_line(p) for p in PRESETS.values()]
     voice.result(body, "\n".join(lines))
+
+
+def _recipe_line(p: TrainConfig) -> str:
+    eats = f"{p.prepare.size:>4} px  {', '.join(p.modalities) or 'any modality':<22}"
+    return f"{p.name:<16} {eats} {', '.join(p.regions):<12} {p.loss.kind}, {p.optimiser.kind}, {p.epochs} epochs"
 
 
 def phantom(out: str, layout: str, scans: int, broken: int, seed: int, voice: Voice) -> list[tuple[str, str]]:

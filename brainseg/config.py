@@ -15,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from brainseg.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1)]
 C = TypeVar("C", bound="Config")
 
 
 class Config(BaseModel):
     """A frozen value that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def fingerprint(self) -> str:
         """A sha256 over every setting, in canonical JSON."""
@@ -32,12 +33,18 @@ class Config(BaseModel):
 class NetworkConfig(Config):
     """The U-Net: everything needed to rebuild it, given the number of modalities and regions."""
 
-    widths: Annotated[tuple[int, ...], Field(min_length=2, description="channels of each level, finest first")] = (16, 32, 64, 128, 256)
+    widths: Annotated[tuple[Width, ...], Field(min_length=2)] = (16, 32, 64, 128, 256)
+    """Channels of each level, finest first; each level after the first halves height and width."""
     norm: Literal["batch", "instance", "group", "none"] = "batch"
     activation: Literal["relu", "leaky_relu"] = "relu"
     dropout: Annotated[float, Field(ge=0, lt=1, description="after each block of the lower half of the levels")] = 0.0
     residual: bool = False
     context_slices: Annotated[int, Field(ge=0, le=5, description="neighbouring slices on either side, as further channels")] = 0
+
+    @property
+    def stride(self) -> int:
+        """How many pixels of the model grid become one on the coarsest level."""
+        return int(2 ** (len(self.widths) - 1))
 
     @model_validator(mode="after")
     def _widths_fit_groups(self) -> Self:
@@ -77,7 +84,8 @@ class LossConfig(Config):
 
     kind: Literal["dice", "bce", "bce_dice"] = "bce_dice"
     dice_over: Literal["batch", "sample"] = "batch"
-    """`batch`: one Dice over all samples of the global batch (stable when most slices are empty). `sample`: the mean of each one's."""
+    """`batch`: one Dice over all samples of the global batch (stable when most slices are empty). `sample`: the mean of each
+    one's."""
 
 
 class OptimiserConfig(Config):
@@ -95,7 +103,7 @@ class TrainConfig(Config):
     name: str = "unet"
     modalities: tuple[str, ...] = ()
     """Empty: what every scan of the manifest has, in the manifest's order."""
-    regions: tuple[str, ...] = ("tumor",)
+    regions: Annotated[tuple[str, ...], Field(min_length=1, max_length=8)] = ("tumor",)
     network: NetworkConfig = NetworkConfig()
     prepare: PrepareConfig = PrepareConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -103,19 +111,34 @@ class TrainConfig(Config):
     optimiser: OptimiserConfig = OptimiserConfig()
     epochs: Annotated[int, Field(ge=1)] = 30
     batch_size: Annotated[int, Field(ge=1, description="slices of one optimiser step over all workers together")] = 16
-    foreground_share: Annotated[float, Field(ge=0, le=1, description="share of each batch taken from slices with tumour; 0: as they come")] = 0.5
+    foreground_share: Share = 0.5
+    """Share of each batch that is taken from slices with tumour; 0: slices as they come."""
     samples_per_epoch: Annotated[int | None, Field(ge=1)] = None
     """None: as many as there are slices to choose from."""
     validate_every: Annotated[int, Field(ge=1, description="epochs between validations")] = 1
-    patience: Annotated[int | None, Field(ge=1, description="validations without a better Dice before stopping; null: never")] = None
-    ema_decay: Annotated[float, Field(ge=0, lt=1, description="moving average of the weights per step; 0 switches it off")] = 0.0
-    validation_share: Annotated[float, Field(ge=0, lt=1, description="share of the training patients kept for early stopping")] = 0.1
-    """0: the held-out fold itself serves for early stopping, and the model says `selection_biased: true`."""
+    patience: Annotated[int | None, Field(ge=1)] = None
+    """Validations without a better Dice before stopping; null: never."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Moving average of the weights per step; 0 switches it off."""
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the training patients kept for early stopping. 0: the held-out fold itself serves for it, and the model says
+    `selection_biased: true`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     folds_held_out: int = 0
     """The manifest's fold that is never trained on and that the model's figures are about."""
     accept_leakage: bool = False
+
+    @model_validator(mode="after")
+    def _slices_fit_network(self) -> Self:
+        size, stride = self.prepare.size, self.network.stride
+        if size % stride or size < 2 * stride:
+            levels = len(self.network.widths)
+            raise ValueError(f"prepare.size is {size}; {levels} levels need a multiple of {stride}, at least {2 * stride}")
+        for name in ("modalities", "regions"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must differ from each other")
+        return self
 
 
 class SegmentConfig(Config):
@@ -126,6 +149,17 @@ class SegmentConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     thumbnails: bool = True
     score: Annotated[bool, Field(description="score against labels where the manifest has them")] = True
+
+
+class How(Config):
+    """How a bulk run goes about it; none of it changes an answer."""
+
+    max_failures: Annotated[str | None, Field(description="stop once more scans failed than this: 50, or 5%")] = None
+    mode: Annotated[
+        Literal["fused", "apart"] | None, Field(description="where decoding happens; null: by what the cluster has")
+    ] = None
+    actors: Annotated[int | None, Field(ge=1, description="inference processes; null: one per GPU, or one per core")] = None
+    dry_run: bool = False
 
 
 def read_yaml(text: str, source: str) -> dict[str, Any]:
@@ -153,7 +187,7 @@ def _first_problem(kind: type[Config], error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(p) for p in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg']}"
+        return f"{where}: {first['msg']}" if where else first["msg"]
     owner: type[BaseModel] = kind
     for part in first["loc"][:-1]:
         annotation = owner.model_fields[str(part)].annotation
@@ -175,5 +209,8 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"--set {assignment}: '{parent}' is a value, not a group of keys")
-        node[last] = yaml.safe_load(text)
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {assignment}: the value is not YAML: {' '.join(str(error).split())}") from error
     return out

@@ -25,7 +25,12 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> bytes:
         right.axvline(best["epoch"] + 1, color=GREY, linewidth=0.8, linestyle="--")
         right.annotate(
             f"best {best['validation_dice']:.3f}, epoch {best['epoch'] + 1}",
-            (best["epoch"] + 1, 0.04), xytext=(-6, 0), textcoords="offset points", ha="right", color=GREY, fontsize=9,
+            (best["epoch"] + 1, 0.04),
+            xytext=(-6, 0),
+            textcoords="offset points",
+            ha="right",
+            color=GREY,
+            fontsize=9,
         )
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from brainseg import commands, storage
+from brainseg.config import How
 from brainseg.console import Voice
 from brainseg.errors import ExitCode, UsageError
 from brainseg.phantom import write_archive
@@ -35,10 +36,16 @@ def run_demo(out: str, voice: Voice) -> int:
     recipe = commands.recipe(manifest, preset="demo", config=None, assignments=[], fold=0, accept_leakage=False)
     card = commands.train(manifest, model, recipe, inner)
     voice.say("4/5  segmenting the whole archive")
-    counts = commands.segment(manifest, model, run, inner)
+    counts = commands.segment(manifest, model, run, inner, How())
     voice.say("5/5  making the report")
     page = commands.report([run], None, inner)
-    body = {"counts": counts, "held_out": card.metrics["held_out"], "baselines": card.baselines, "report": page, "seconds": round(time.monotonic() - started)}
+    body = {
+        "counts": counts,
+        "held_out": card.metrics["held_out"],
+        "baselines": card.baselines,
+        "report": page,
+        "seconds": round(time.monotonic() - started),
+    }
     voice.result(body, _closing_words(out, body))
     return int(ExitCode.SOME_FAILED if counts["failed"] else ExitCode.OK)
 
@@ -51,7 +58,7 @@ def _closing_words(out: str, body: dict[str, Any]) -> str:
     return f"""
 Done in {body["seconds"]} s.
   held-out patients   mean Dice per scan {dice:.3f}  (copying the nearest training mask: {copied:.3f}; predicting nothing: 0)
-  archive             {counts["found"]} scans: {counts["ok"]} segmented, {counts["failed"]} in the quarantine (they were damaged on purpose)
+  archive             {counts["found"]} scans: {counts["ok"]} segmented, {counts["failed"]} quarantined (damaged on purpose)
   report              {body["report"]}
   masks and metrics   {place}/run/scans/*.parquet, {place}/run/metrics.parquet
 Exit code {int(ExitCode.SOME_FAILED)} says that some scans failed; the report names each with its reason.

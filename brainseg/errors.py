@@ -129,9 +129,9 @@ class ScanError(BrainsegError):
     exit_code = ExitCode.SOME_FAILED
 
     def __init__(self, code: Code, message: str) -> None:
-        super().__init__(message)
         self.code = code
         self.message = " ".join(message.split())
+        super().__init__(self.message)
 
     def __reduce__(self) -> tuple[type["ScanError"], tuple[Code, str]]:
         return type(self), (self.code, self.message)

@@ -2,7 +2,8 @@
 
 Axes. Arrays are `(D, H, W)`: slice, row, column. A NIfTI file stores `(i, j, k)` with `i` fastest, so its bytes viewed
 without a copy are `(k, j, i)`: `D` is `k`, `H` is `j`, `W` is `i`. An `affine` is the file's own 4x4 matrix: it takes
-voxel indices in the order `(i, j, k)` = `(w, h, d)` to millimetres in scanner space, RAS+ (x grows towards the patient's right, y to the front, z to the head), as nibabel defines it.
+voxel indices in the order `(i, j, k)` = `(w, h, d)` to millimetres in scanner space, RAS+ (x grows towards the patient's
+right, y to the front, z to the head), as nibabel defines it.
 """
 
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Grid:
     def orientation(self) -> str | None:
         """Anatomical codes of the axes in the file's order (i, j, k), such as `LPS`, or None where unknown."""
         axes = self._world_axes()
-        return None if axes is None else "".join("LR"[s > 0] if a == 0 else "PA"[s > 0] if a == 1 else "IS"[s > 0] for a, s in axes)
+        return None if axes is None else "".join(("LR", "PA", "IS")[world][sign > 0] for world, sign in axes)
 
     def _world_axes(self) -> list[tuple[int, float]] | None:
         """For each of i, j, k: the world axis it runs along most (each used once) and the sign."""

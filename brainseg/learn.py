@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from brainseg.augment import apply, draw
 from brainseg.cache import SampleSet
 from brainseg.config import OptimiserConfig, TrainConfig
+from brainseg.errors import PreflightError
 from brainseg.losses import Share, loss_of
 from brainseg.model import has_fast_bf16
 from brainseg.unet import UNet
@@ -53,15 +54,21 @@ class Learner:
 
 
 def make_learner(config: TrainConfig, samples: int, device: torch.device, worker: Worker) -> Learner:
-    """Build network and optimiser from the seed; with several workers, wrapped so that gradients are averaged."""
+    """Build network and optimiser from the seed; with several workers, wrapped so that gradients are averaged.
+
+    Raises PreflightError where a worker would be left without a sample.
+    """
+    if worker.count > config.batch_size:
+        raise PreflightError(f"{worker.count} workers cannot share batches of {config.batch_size}; ask for fewer workers")
     torch.manual_seed(config.seed)
     network = UNet(config.network, len(config.modalities), len(config.regions))
-    network = network.to(device, memory_format=torch.channels_last)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     stepped: nn.Module = network
     if worker.count > 1:
         stepped = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
     averaged = {k: v.detach().clone() for k, v in network.state_dict().items()}
-    return Learner(config, network, stepped, make_optimiser(config.optimiser, network), averaged, device, worker, steps_per_epoch(config, samples))
+    optimiser, steps = make_optimiser(config.optimiser, network), steps_per_epoch(config, samples)
+    return Learner(config, network, stepped, optimiser, averaged, device, worker, steps)
 
 
 def make_optimiser(config: OptimiserConfig, network: nn.Module) -> torch.optim.Optimizer:
@@ -158,7 +165,17 @@ def train_epoch(learner: Learner, samples: SampleSet, epoch: int) -> float:
     torch.manual_seed(learner.config.seed * 1_000_003 + epoch * 1009 + learner.worker.rank)  # dropout alone reads this
     first = epoch * learner.steps_per_epoch
     losses = [train_step(learner, x, y, first + i) for i, (x, y) in enumerate(batches(learner, samples, epoch))]
+    _agree(learner)
     return float(torch.stack(losses).mean())
+
+
+def _agree(learner: Learner) -> None:
+    """Give every worker the first one's running statistics, so that all of them validate the network that is shipped."""
+    if learner.worker.count == 1:
+        return
+    for name, value in learner.network.named_buffers():
+        torch.distributed.broadcast(value, 0)
+        torch.distributed.broadcast(learner.averaged[name], 0)
 
 
 def state_tensors(learner: Learner, best: Mapping[str, Tensor]) -> dict[str, Tensor]:

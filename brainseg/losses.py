@@ -65,4 +65,5 @@ def _dice_over_samples(logits: Tensor, target: Tensor, share: Share) -> Tensor:
 def _dice_over_batch(logits: Tensor, target: Tensor, share: Share) -> Tensor:
     both, sizes = _overlap(logits, target, (0, 2, 3))  # (R,)
     both, sizes = share.total(torch.stack([both, sizes]))
-    return (1 - (2 * both + SMOOTH_VOXELS) / (sizes + SMOOTH_VOXELS)).mean()
+    dice: Tensor = (2 * both + SMOOTH_VOXELS) / (sizes + SMOOTH_VOXELS)
+    return (1 - dice).mean()

@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -24,6 +24,7 @@ from brainseg import storage
 from brainseg.config import Config, NetworkConfig, PrepareConfig, SegmentConfig, TrainConfig
 from brainseg.errors import PreflightError, StorageError
 from brainseg.prepare import (
+    Plan,
     canonical_box,
     gather_context,
     model_slices,
@@ -63,7 +64,7 @@ class Split(Config):
 class ModelCard(Config):
     """Everything a model is, beside its weights."""
 
-    format_version: int = 1
+    format_version: Literal[1] = 1
     name: str
     network: NetworkConfig
     prepare: PrepareConfig
@@ -76,9 +77,9 @@ class ModelCard(Config):
     selection_biased: bool
     accept_leakage: bool
     metrics: dict[str, Any]
-    baselines: dict[str, Any] = {}
+    baselines: dict[str, Any] = Field(default_factory=dict)
     train: TrainConfig
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str]
     created_at: str
     weights_sha256: str
@@ -102,7 +103,7 @@ class Model:
         self.fingerprint = fingerprint
         self.device = device
         self.settings = settings
-        self.network = network.eval().to(device, memory_format=torch.channels_last)
+        self.network: UNet = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = inference_dtype(settings.precision, device)
 
     @torch.inference_mode()
@@ -115,7 +116,7 @@ class Model:
         context = self.card.network.context_slices
         plans = [plan_scan(s, self.card.modalities, self.card.prepare, context) for s in scans]
         stacks = [self._slices(scan, plan) for scan, plan in zip(scans, plans, strict=True)]
-        answers = self._forward(torch.cat(stacks)).split([len(s) for s in stacks])
+        answers = torch.split(self._forward(torch.cat(stacks)), [len(s) for s in stacks])
         out: list[Prediction] = []
         for scan, plan, answer in zip(scans, plans, answers, strict=True):
             shape = _crop_shape(scan)
@@ -124,7 +125,7 @@ class Model:
         seconds = (time.perf_counter() - started) / max(len(scans), 1)
         return [Prediction(p.label, p.trust, seconds) for p in out]
 
-    def _slices(self, scan: Scan, plan: Any) -> Tensor:
+    def _slices(self, scan: Scan, plan: Plan) -> Tensor:
         crop, _ = select_modalities(scan, self.card.modalities)
         raw = gather_context(crop, range(crop.shape[1]), plan.context)
         return model_slices(to_tensor(raw, self.device), plan)
@@ -134,7 +135,7 @@ class Model:
         step = max(1, PIXELS_PER_FORWARD[self.device.type] // (slices.shape[2] * slices.shape[3]))
         while True:
             try:
-                return torch.cat([self._probabilities(chunk) for chunk in slices.split(step)])
+                return torch.cat([self._probabilities(chunk) for chunk in torch.split(slices, step)])
             except torch.OutOfMemoryError:
                 if step == 1:
                     raise
@@ -207,7 +208,8 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 def fingerprint_of(card: ModelCard) -> str:
     """sha256 over what decides an answer: weights, architecture, preparation, modalities, regions, label values."""
-    decisive = card.model_dump(mode="json", include={"network", "prepare", "modalities", "regions", "label_map", "weights_sha256"})
+    names = {"network", "prepare", "modalities", "regions", "label_map", "weights_sha256"}
+    decisive = card.model_dump(mode="json", include=names)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -236,13 +238,17 @@ def load_card(uri: str) -> ModelCard:
 def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = None) -> Model:
     """Rebuild a network from its folder. PreflightError when weights and card do not belong together."""
     card = load_card(uri)
-    data = storage.read_bytes(storage.join(uri, WEIGHTS))
+    try:
+        data = storage.read_bytes(storage.join(uri, WEIGHTS))
+    except StorageError as error:
+        raise PreflightError(f"{uri}: its weights cannot be read ({error})") from error
     if hashlib.sha256(data).hexdigest() != card.weights_sha256:
         raise PreflightError(f"{uri}/{WEIGHTS}: its sha256 is not the one that {CARD} names; the folder is damaged or mixed")
     network = UNet(card.network, len(card.modalities), len(card.regions))
     try:
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_tensors(data).items()})
     except (SafetensorError, RuntimeError) as error:
-        raise PreflightError(f"{uri}/{WEIGHTS}: does not fit the architecture in {CARD}: {str(error).splitlines()[0]}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise PreflightError(f"{uri}/{WEIGHTS}: does not fit the architecture in {CARD}: {reason}") from error
     chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Model(card, network, fingerprint_of(card), chosen, settings)

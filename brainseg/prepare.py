@@ -7,7 +7,7 @@ Coordinates: *crop* is the scan's box viewed in canonical orientation, `(C, D, h
 that the network sees, in crop pixels, and may reach beyond it; *model grid* is `size x size`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -47,8 +47,9 @@ class Plan:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, body: dict[str, Any]) -> Self:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in body.items()})
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
+        return cls(**fields)
 
 
 def select_modalities(scan: Scan, wanted: Sequence[str]) -> tuple[NDArray[Any], tuple[float, ...]]:
@@ -89,9 +90,7 @@ def plan_scan(scan: Scan, modalities: Sequence[str], config: PrepareConfig, cont
     )
 
 
-def _intensity(
-    crop: NDArray[Any], background: Sequence[float], kind: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _intensity(crop: NDArray[Any], background: Sequence[float], kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per-modality (shift, scale): a voxel becomes (x - shift) / scale. Sums are taken in float64."""
     shifts: list[float] = []
     scales: list[float] = []
@@ -110,9 +109,7 @@ def canonical_box(grid: Grid, box: Box) -> tuple[Box, tuple[int, int, int]]:
     """A native crop box and the native shape, both along the canonical axes."""
     order, flips = canonical_axes(grid)
     shape = tuple(grid.shape[a] for a in order)
-    turned = [
-        (n - box[a][1], n - box[a][0]) if flip else box[a] for a, n, flip in zip(order, shape, flips, strict=True)
-    ]
+    turned = [(n - box[a][1], n - box[a][0]) if flip else box[a] for a, n, flip in zip(order, shape, flips, strict=True)]
     return (turned[0], turned[1], turned[2]), (shape[0], shape[1], shape[2])
 
 
@@ -216,5 +213,6 @@ def uncrop(crop: NDArray[Any], grid: Grid, box: Box) -> NDArray[Any]:
     """Put a canonical crop `(..., d, h, w)` back where it came from: `(..., D, H, W)` on the native grid, zero elsewhere."""
     native = from_canonical(crop, grid)
     full = np.zeros((*crop.shape[:-3], *grid.shape), crop.dtype)
-    full[(..., *(slice(a, b) for a, b in box))] = native
+    (a, b), (c, d), (e, f) = box
+    full[..., a:b, c:d, e:f] = native
     return full

@@ -20,9 +20,13 @@ from brainseg.config import (
 from brainseg.errors import ConfigError
 
 FULL_WIDTHS = (16, 32, 64, 128, 256, 512)
-STRONG_AUGMENT = AugmentConfig(rotate_degrees=25, log_scale=0.25, shift=0.05, flip=True, intensity=0.25, gamma=0.2, noise=0.15, blur=0.15)
+STRONG_AUGMENT = AugmentConfig(
+    rotate_degrees=25, log_scale=0.25, shift=0.05, flip=True, intensity=0.25, gamma=0.2, noise=0.15, blur=0.15
+)
 STRONG_OPTIMISER = OptimiserConfig(kind="adamw", learning_rate=2e-3, weight_decay=1e-2, schedule="cosine", warmup_steps=150)
-TODAYS_OPTIMISER = OptimiserConfig(kind="adam", learning_rate=1e-4, weight_decay=0, schedule="constant", warmup_steps=0, clip_norm=0)
+TODAYS_OPTIMISER = OptimiserConfig(
+    kind="adam", learning_rate=1e-4, weight_decay=0, schedule="constant", warmup_steps=0, clip_norm=0
+)
 
 PRESETS: Mapping[str, TrainConfig] = {
     p.name: p
@@ -64,11 +68,11 @@ PRESETS: Mapping[str, TrainConfig] = {
         TrainConfig(
             name="figshare-strong",
             modalities=("t1c",),
-            network=NetworkConfig(widths=FULL_WIDTHS),
-            prepare=PrepareConfig(size=128, normalise="zscore"),
+            prepare=PrepareConfig(size=96, frame="head", normalise="zscore"),
             augment=STRONG_AUGMENT,
+            loss=LossConfig(kind="bce_dice", dice_over="sample"),
             optimiser=STRONG_OPTIMISER,
-            epochs=25,
+            epochs=36,
             batch_size=16,
             foreground_share=0,
             ema_decay=0.998,

@@ -81,6 +81,7 @@ def _brats(name: str, core: tuple[int, ...], enhancing: int, values: Mapping[int
     )
 
 
+_NAMES_2024 = {0: "background", 1: "non-enhancing core", 2: "FLAIR hyperintensity", 3: "enhancing", 4: "resection cavity"}
 LABEL_MAPS: Mapping[str, LabelMap] = {
     m.name: m
     for m in (
@@ -88,7 +89,7 @@ LABEL_MAPS: Mapping[str, LabelMap] = {
         _brats("brats2013", (1, 3, 4), 4, {0: "background", 1: "necrosis", 2: "oedema", 3: "non-enhancing", 4: "enhancing"}),
         _brats("brats2020", (1, 4), 4, {0: "background", 1: "necrotic core", 2: "oedema", 4: "enhancing"}),
         _brats("brats2023", (1, 3), 3, {0: "background", 1: "necrotic core", 2: "oedema", 3: "enhancing"}),
-        _brats("brats2024", (1, 3), 3, {0: "background", 1: "non-enhancing core", 2: "FLAIR hyperintensity", 3: "enhancing", 4: "resection cavity"}),
+        _brats("brats2024", (1, 3), 3, _NAMES_2024),
     )
 }
 """`binary` serves 0/1 and 0/255 masks; `brats2020` the releases 2017 to 2021; `brats2024` the post-treatment glioma set."""

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ import pyarrow as pa
 from brainseg import storage
 from brainseg.errors import RunError, StorageError
 from brainseg.model import Split
-from brainseg.tables import METRICS, REGION, SCANS
+from brainseg.tables import METRICS, SCANS
 
 RUN_FILE, LEASE_FILE, SUCCESS_FILE, METRICS_FILE = "run.json", "lease.json", "_SUCCESS.json", "metrics.parquet"
 PARTS = "scans"
@@ -46,10 +47,11 @@ class Identity:
 
 @dataclass(frozen=True)
 class Kept:
-    """One row that a part holds, without its mask."""
+    """One row that a part holds, without its mask; `place` is its position there."""
 
     scan_id: str
     part: str
+    place: int
     status: str
     content_tag: str
     finished_at: datetime
@@ -69,15 +71,16 @@ def open_run(run: str, identity: Identity, description: Mapping[str, Any]) -> di
     place = storage.join(run, RUN_FILE)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     if not storage.exists(place):
-        body = {"run_id": _run_id(identity, now), "created_at": now, "finished_at": None, "attempt": 1, **identity.__dict__, **description}
+        made = {"run_id": _run_id(identity, now), "created_at": now, "finished_at": None, "attempt": 1}
+        body = {**made, **identity.__dict__, **description}
         storage.write_json(place, body)
         return body
     body = storage.read_json(place)
     for name, mine in identity.__dict__.items():
         if body.get(name) != mine:
-            what = name.removesuffix("_fingerprint")
-            raise RunError(f"{run} holds a run with another {what} ({_short(body.get(name))}, now {_short(mine)}); choose another --out")
-    body |= {**description, "attempt": int(body["attempt"]) + 1, "created_at": body["created_at"]}
+            what, theirs = name.removesuffix("_fingerprint"), _short(body.get(name))
+            raise RunError(f"{run} holds a run with another {what} ({theirs}, now {_short(mine)}); choose another --out")
+    body |= {**description, "attempt": int(body["attempt"]) + 1, "created_at": body["created_at"], "finished_at": None}
     storage.write_json(place, body)
     return dict(body)
 
@@ -116,7 +119,8 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            self._write()
+            with suppress(StorageError):  # a store that is away for a beat must not end the beating
+                self._write()
 
     def _write(self) -> None:
         storage.write_json(self.place, {**self.me, "heartbeat": time.time()})
@@ -125,7 +129,8 @@ class Lease:
 def _alive(holder: Mapping[str, Any]) -> bool:
     """On this host: whether that very process runs. Elsewhere: whether its heartbeat is fresh."""
     if holder["host"] == socket.gethostname():
-        return holder["pid"] != os.getpid() and _born(holder["pid"]) == holder["born"] is not None
+        born = _born(int(holder["pid"]))
+        return holder["pid"] != os.getpid() and born is not None and born == holder["born"]
     return bool(time.time() - float(holder["heartbeat"]) < LEASE_S)
 
 
@@ -169,8 +174,8 @@ def kept_rows(run: str, *, set_aside: bool) -> Iterator[Kept]:
             storage.write_bytes(storage.join(run, TORN, storage.name_of(uri)), storage.read_bytes(uri))
             storage.delete(uri)
             continue
-        for row in table.to_pylist():
-            yield Kept(row["scan_id"], uri, row["status"], row["content_tag"], row["finished_at"])
+        for place, row in enumerate(table.to_pylist()):
+            yield Kept(row["scan_id"], uri, place, row["status"], row["content_tag"], row["finished_at"])
 
 
 def finished_tags(run: str) -> dict[str, str]:
@@ -185,68 +190,82 @@ def settle(run: str, expected: Mapping[str, str]) -> dict[str, int]:
     first with the right content stays. Raises RunError where a scan is missing.
     """
     chosen: dict[str, Kept] = {}
-    surplus: dict[str, set[str]] = {}
+    surplus: dict[str, set[int]] = {}
     for row in sorted(kept_rows(run, set_aside=True), key=lambda k: k.finished_at):
         if row.scan_id in chosen or expected.get(row.scan_id) != row.content_tag:
-            surplus.setdefault(row.part, set()).add(f"{row.scan_id}|{row.finished_at.isoformat()}")
+            surplus.setdefault(row.part, set()).add(row.place)
         else:
             chosen[row.scan_id] = row
-    for part, drop in surplus.items():
-        _rewrite_without(run, part, drop)
+    _drop_rows(run, surplus)
     missing = expected.keys() - chosen.keys()
     if missing:
         raise RunError(f"{len(missing)} scans of the manifest have no row, such as {min(missing)}; run the same command again")
     failed = sum(1 for k in chosen.values() if k.status == "failed")
-    return {"found": len(expected), "ok": len(chosen) - failed, "failed": failed, "duplicates_removed": sum(map(len, surplus.values()))}
+    removed = sum(len(places) for places in surplus.values())
+    return {"found": len(expected), "ok": len(chosen) - failed, "failed": failed, "duplicates_removed": removed}
 
 
-def _rewrite_without(run: str, part: str, drop: set[str]) -> None:
-    """Replace a part by one that lacks the named rows; the new one stands before the old one goes."""
-    rows = storage.read_table(part).to_pylist()
-    keep = [r for r in rows if f"{r['scan_id']}|{r['finished_at'].isoformat()}" not in drop]
-    replacement = write_part(run, keep) if keep else None
-    if replacement != part:
+def _drop_rows(run: str, surplus: Mapping[str, set[int]]) -> None:
+    """Replace each part by one that lacks the rows at these places; the new one stands before the old one goes.
+
+    Parts of which nothing stays go first: a replacement is named by its scans and may take the place of one of them.
+    """
+    left = {part: _others(part, places) for part, places in surplus.items()}
+    for part, keep in sorted(left.items(), key=lambda item: len(item[1]) > 0):
+        if keep:
+            table = storage.read_table(part).take(keep)
+            storage.write_table(part_uri(run, table["scan_id"].to_pylist()), table)
         storage.delete(part)
+
+
+def _others(part: str, places: set[int]) -> list[int]:
+    """The places of a part's rows but the named ones."""
+    return [place for place in range(storage.read_table(part, ["scan_id"]).num_rows) if place not in places]
 
 
 def write_metrics(run: str, split: Split) -> dict[str, int]:
     """Derive RUN/metrics.parquet from the parts; returns how many scans have a label and how many were evaluated."""
     tables: list[pa.Table] = []
-    labelled = 0
-    wanted = [n for n in SCANS.names if n in METRICS.names] + ["status", "regions"]
+    labelled = evaluated = 0
+    wanted = [n for n in SCANS.names if n in METRICS.names] + ["sources", "regions"]
     for uri in parts(run):
         flat: list[dict[str, Any]] = []
         for row in storage.read_table(uri, wanted).to_pylist():
-            entries = row.pop("regions") or []
-            labelled += any(e["state"] != "no_label" for e in entries)
-            split_part = split.part_of(row["patient_id"], row["scan_id"])
-            flat += [{**row, "split": split_part, **entry} for entry in entries]
+            sources, entries = row.pop("sources"), row.pop("regions") or []
+            scored = any(e["state"] != "no_label" for e in entries)
+            evaluated += scored
+            labelled += scored or any(s["role"] in ("label", "both") for s in sources)
+            side = split.part_of(row["patient_id"], row["scan_id"])
+            flat += [{**row, "split": side, **entry} for entry in entries]
         tables.append(pa.Table.from_pylist(flat, schema=METRICS))
     table = pa.concat_tables(tables) if tables else METRICS.empty_table()
-    storage.write_table(storage.join(run, METRICS_FILE), table.sort_by([("scan_id", "ascending"), ("region", "ascending")]), row_group_rows=65536)
-    return {"labelled": labelled, "evaluated": labelled}
+    ordered = table.sort_by([("scan_id", "ascending"), ("region", "ascending")])
+    storage.write_table(storage.join(run, METRICS_FILE), ordered, row_group_rows=65536)
+    return {"labelled": labelled, "evaluated": evaluated}
 
 
 def finish_run(run: str, body: Mapping[str, Any], counts: Mapping[str, int], timings: Mapping[str, float]) -> None:
     """Write counts and timings into run.json and then, last of all, _SUCCESS.json."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    storage.write_json(storage.join(run, RUN_FILE), {**body, "finished_at": now, "counts": dict(counts), "timings": dict(timings)})
+    done = {"finished_at": now, "counts": dict(counts)}
+    storage.write_json(storage.join(run, RUN_FILE), {**body, **done, "timings": dict(timings)})
     names = [storage.name_of(u) for u in parts(run)]
-    storage.write_json(storage.join(run, SUCCESS_FILE), {"run_id": body["run_id"], "finished_at": now, "counts": dict(counts), "parts": names})
+    storage.write_json(storage.join(run, SUCCESS_FILE), {"run_id": body["run_id"], **done, "parts": names})
 
 
 def verify_run(run: str, expected: Mapping[str, str]) -> list[str]:
     """Prove a finished run; returns what is wrong, one line each, empty when all is well.
 
-    Checked: _SUCCESS.json is there; every part is readable and is one that _SUCCESS names; every expected scan stands exactly once,
-    with the content it was listed with; model and config are the run's own; every mask matches its hash.
+    Checked: _SUCCESS.json is there; every part is readable and is one that _SUCCESS names; every expected scan stands
+    exactly once, with the content it was listed with; model and config are the run's own; every mask matches its hash.
     """
-    problems = [] if storage.exists(storage.join(run, SUCCESS_FILE)) else [f"{SUCCESS_FILE} is missing: the run has not finished"]
+    finished = storage.exists(storage.join(run, SUCCESS_FILE))
+    problems = [] if finished else [f"{SUCCESS_FILE} is missing: the run has not finished"]
     body = storage.read_json(storage.join(run, RUN_FILE))
     seen: dict[str, int] = {}
     for uri in parts(run):
         try:
-            rows = storage.read_table(uri, [*KEYS, "mask"]).to_pylist()
+            rows = storage.read_table(uri).select([*KEYS, "mask"]).to_pylist()
         except StorageError as error:
             problems.append(str(error))
             continue
@@ -278,4 +297,5 @@ def _part_problems(run: str) -> list[str]:
     if not storage.exists(place):
         return []
     named, there = set(storage.read_json(place)["parts"]), {storage.name_of(u) for u in parts(run)}
-    return [f"{p}: a part that {SUCCESS_FILE} does not name" for p in sorted(there - named)] + [f"{p}: part is missing" for p in sorted(named - there)]
+    strange = [f"{p}: a part that {SUCCESS_FILE} does not name" for p in sorted(there - named)]
+    return strange + [f"{p}: part is missing" for p in sorted(named - there)]

@@ -94,7 +94,7 @@ def _check_values(volumes: Sequence[NDArray[Any]], modalities: Sequence[str], sc
                 Code.EMPTY_VOLUME, f"{scan_id}: found the one value {low:g} in all of {modality}, expected an image"
             )
         peak = max(abs(float(low)), abs(float(high)))
-        if peak > np.finfo(np.float32).max:
+        if peak > float(np.finfo(np.float32).max):
             raise ScanError(Code.NON_FINITE, f"{scan_id}: found {peak:g} in {modality}, expected values that float32 can hold")
         if peak > OUTLIER_VALUE:
             warnings.append(

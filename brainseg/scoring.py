@@ -17,18 +17,30 @@ from brainseg.regions import label_map
 from brainseg.scans import Scan
 
 
-def in_model_values(label: NDArray[np.uint8], meaning: str, card: ModelCard) -> NDArray[np.uint8]:
-    """Rewrite a label from its dataset's values to the model's; regions keep their voxels exactly."""
+def in_model_values(
+    label: NDArray[np.uint8], meaning: str, card: ModelCard, regions: Sequence[str] | None = None
+) -> NDArray[np.uint8]:
+    """Rewrite a label from its dataset's values to the model's; regions (all, or the named) keep their voxels exactly."""
     if meaning == card.label_map:
         return label
-    masks = label_map(meaning).masks(label, card.regions)
-    return label_map(card.label_map).paint_label(masks, card.regions)
+    names = card.regions if regions is None else regions
+    return label_map(card.label_map).paint_label(label_map(meaning).masks(label, names), names)
 
 
-def score_regions(label: NDArray[np.uint8] | None, meaning: str, predicted: NDArray[np.uint8], grid: Grid, card: ModelCard) -> list[dict[str, Any]]:
-    """Return one REGION entry per region of the model (trust figures of the network left to the caller)."""
-    truth = None if label is None else in_model_values(label, meaning, card)
-    return score_scan(truth, predicted, label_map(card.label_map), card.regions, grid)
+def score_regions(
+    label: NDArray[np.uint8] | None, meaning: str, predicted: NDArray[np.uint8], grid: Grid, card: ModelCard
+) -> list[dict[str, Any]]:
+    """Return one REGION entry per region of the model (trust figures of the network left to the caller).
+
+    A region that the label's own map does not know, such as ET in a binary mask, is scored as `no_label`.
+    """
+    known = [] if label is None else [r for r in card.regions if r in label_map(meaning).regions]
+    truth = None if label is None else in_model_values(label, meaning, card, known)
+    target = label_map(card.label_map)
+    scored = {e["region"]: e for e in score_scan(truth, predicted, target, known, grid)} if known else {}
+    rest = [r for r in card.regions if r not in scored]
+    scored |= {e["region"]: e for e in score_scan(None, predicted, target, rest, grid)} if rest else {}
+    return [scored[r] for r in card.regions]
 
 
 def with_trust(entries: Sequence[dict[str, Any]], prediction: Prediction) -> list[dict[str, Any]]:
@@ -37,12 +49,16 @@ def with_trust(entries: Sequence[dict[str, Any]], prediction: Prediction) -> lis
 
 
 def segment_and_score(model: Model, scans: Sequence[Scan], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Segment labelled scans and return flat metric rows: scan_id, patient_id and the REGION fields."""
+    """Segment labelled scans and return flat metric rows: scan_id, patient_id and the REGION fields.
+
+    Scans without a label, or without a modality that the model needs, are left out.
+    """
+    wanted = set(model.card.modalities)
+    able = [(s, r) for s, r in zip(scans, rows, strict=True) if s.label is not None and wanted <= set(s.modalities)]
+    answers = model.predict([scan for scan, _ in able]) if able else []
     out: list[dict[str, Any]] = []
-    for scan, row, prediction in zip(scans, rows, model.predict(scans), strict=True):
-        if scan.label is None:
-            continue
-        entries = score_regions(scan.label, str(row["label_map"]), prediction.label, scan.grid, model.card)
+    for (scan, row), answer in zip(able, answers, strict=True):
+        entries = score_regions(scan.label, str(row["label_map"]), answer.label, scan.grid, model.card)
         out += [{"scan_id": scan.scan_id, "patient_id": row["patient_id"], **e} for e in entries]
     return out
 

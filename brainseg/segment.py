@@ -18,7 +18,7 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset
 
 from brainseg import manifest, runs, stages, storage
-from brainseg.config import SegmentConfig
+from brainseg.config import How, SegmentConfig
 from brainseg.errors import FailureLimitError, PreflightError, UsageError
 from brainseg.model import Model, ModelCard, fingerprint_of, load_card, load_model
 from brainseg.session import Cluster, connect, require
@@ -51,7 +51,11 @@ class Plan:
     scans_per_part: int
 
     def describe(self) -> str:
-        what = "one process each for decode, network and metrics" if self.mode == "fused" else "decode and metrics in CPU tasks around them"
+        what = (
+            "one process each for decode, network and metrics"
+            if self.mode == "fused"
+            else "decode and metrics in CPU tasks around them"
+        )
         return f"plan: {self.actors} {'GPU' if self.actor_gpus else 'CPU'} actor(s), {what}; {self.scans_per_part} scans a part"
 
 
@@ -78,48 +82,78 @@ class Progress:
         return f"{self.done}/{self.total} scans, {self.failed} failed, {pace:.2f} scans/s{left}"
 
 
+@dataclass(frozen=True)
+class Ear:
+    """Who listens: `say` gets lines for a person, `tick` gets the progress after every part."""
+
+    say: Say = lambda _: None
+    tick: Callable[[Progress], None] = lambda _: None
+
+
 def segment_archive(
-    source: str, model_uri: str, out: str, settings: SegmentConfig, *, max_failures: str | None = None, mode: str | None = None,
-    actors: int | None = None, dry_run: bool = False, say: Say = lambda _: None, tick: Callable[[Progress], None] = lambda _: None,
-) -> dict[str, int]:  # fmt: skip
+    source: str, model_uri: str, out: str, settings: SegmentConfig, how: How | None = None, ear: Ear | None = None
+) -> dict[str, int]:
     """Segment every scan of an archive or manifest into the run folder `out`; returns the counts of run.json.
 
     Resumes what is there. Raises UsageError or RunError before anything is written where source, model or `out` cannot
-    serve, and FailureLimitError once more scans failed than `max_failures` (`50` or `5%`) allows.
+    serve, and FailureLimitError once more scans failed than `how.max_failures` allows.
     """
+    how, ear = how or How(), ear or Ear()
     started = time.monotonic()
     table = load_source(source)
     card = load_card(model_uri)
     check_modalities(table, card)
-    limit = failure_limit(max_failures, table.num_rows)
+    limit = failure_limit(how.max_failures, table.num_rows)
     identity = runs.Identity(manifest.fingerprint(table), fingerprint_of(card), settings.fingerprint())
-    if dry_run:
-        say(f"would segment {table.num_rows} scans ({sum(table['size_bytes'].to_pylist()) / 1e6:.0f} MB) with model '{card.name}' into {out}")
+    if how.dry_run:
+        size = sum(table["size_bytes"].to_pylist()) / 1e6
+        ear.say(f"would segment {table.num_rows} scans ({size:.0f} MB) with model '{card.name}' into {out}")
         return {"found": table.num_rows}
     body = runs.open_run(out, identity, _description(source, model_uri, card, settings))
     with runs.Lease(out):
         manifest.write_manifest(storage.join(out, MANIFEST_FILE), table)
         storage.delete(storage.join(out, runs.SUCCESS_FILE))
-        expected = {r["scan_id"]: runs.content_tag(r) for r in table.select(["scan_id", "label_map", "sources"]).to_pylist()}
-        kept = {s for s, tag in runs.finished_tags(out).items() if expected.get(s) == tag}
-        todo = table.filter(pa.array([s not in kept for s in table["scan_id"].to_pylist()], pa.bool_()))
-        progress = Progress(total=table.num_rows, before=len(kept))
-        if kept:
-            say(f"resuming: {len(kept)} of {table.num_rows} scans are done already")
-        if todo.num_rows:
-            job = Job(out, model_uri, settings, body["run_id"], body["attempt"], identity.model_fingerprint, identity.config_fingerprint, card)
-            cluster = connect()
-            plan = make_plan(cluster, todo.num_rows, mode=mode, actors=actors)
-            say(plan.describe())
-            for receipt in _receipts(todo, job, plan):
-                _take(progress, receipt)
-                tick(progress)
-                if limit is not None and progress.failed > limit:
-                    raise FailureLimitError(f"{progress.failed} scans failed, the limit is {limit}; what is done is kept, and the same command goes on from there")
+        expected = expected_tags(table)
+        job = Job(
+            out,
+            model_uri,
+            settings,
+            body["run_id"],
+            body["attempt"],
+            identity.model_fingerprint,
+            identity.config_fingerprint,
+            card,
+        )
+        progress = _drive(table, expected, job, how, limit, ear)
         counts = runs.settle(out, expected) | runs.write_metrics(out, card.split)
         timings = {"total_s": time.monotonic() - started, **{f"{k}_s": v for k, v in progress.seconds.items()}}
         runs.finish_run(out, body, counts, {k: round(v, 3) for k, v in timings.items()})
     return counts
+
+
+def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, how: How, limit: int | None, ear: Ear) -> Progress:
+    """Segment what no earlier attempt has finished; returns what the receipts told."""
+    kept = {s for s, tag in runs.finished_tags(job.run).items() if expected.get(s) == tag}
+    todo = table.filter(pa.array([s not in kept for s in table["scan_id"].to_pylist()], pa.bool_()))
+    progress = Progress(total=table.num_rows, before=len(kept))
+    if kept:
+        ear.say(f"resuming: {len(kept)} of {table.num_rows} scans are done already")
+    if not todo.num_rows:
+        return progress
+    plan = make_plan(connect(), todo.num_rows, how)
+    ear.say(plan.describe())
+    for receipt in _receipts(todo, job, plan):
+        _take(progress, receipt)
+        ear.tick(progress)
+        if limit is not None and progress.failed > limit:
+            kept_words = "what is done is kept, and the same command goes on from there"
+            raise FailureLimitError(f"{progress.failed} scans failed, the limit is {limit}; {kept_words}")
+    return progress
+
+
+def expected_tags(table: pa.Table) -> dict[str, str]:
+    """scan_id -> content_tag of every scan that a run over this manifest must hold exactly once."""
+    return {r["scan_id"]: runs.content_tag(r) for r in table.select(["scan_id", "label_map", "sources"]).to_pylist()}
 
 
 def load_source(source: str) -> pa.Table:
@@ -135,7 +169,8 @@ def check_modalities(table: pa.Table, card: ModelCard) -> None:
     found = {tuple(m) for m in table["modalities"].to_pylist()}
     if found and not any(wanted <= set(m) for m in found):
         most = max(found, key=len)
-        raise PreflightError(f"model '{card.name}' needs {', '.join(card.modalities)}; no scan of the archive has them all (found {', '.join(most) or 'none'})")
+        needs, has = ", ".join(card.modalities), ", ".join(most) or "none"
+        raise PreflightError(f"model '{card.name}' needs {needs}; no scan of the archive has them all (found {has})")
 
 
 def failure_limit(text: str | None, total: int) -> int | None:
@@ -151,7 +186,17 @@ def failure_limit(text: str | None, total: int) -> int | None:
 
 
 def _description(source: str, model_uri: str, card: ModelCard, settings: SegmentConfig) -> dict[str, Any]:
-    kept = ("name", "regions", "modalities", "label_map", "dataset", "metrics", "baselines", "selection_biased", "accept_leakage")
+    kept = (
+        "name",
+        "regions",
+        "modalities",
+        "label_map",
+        "dataset",
+        "metrics",
+        "baselines",
+        "selection_biased",
+        "accept_leakage",
+    )
     body = card.model_dump(mode="json")
     return {
         "source": source,
@@ -162,11 +207,11 @@ def _description(source: str, model_uri: str, card: ModelCard, settings: Segment
     }
 
 
-def make_plan(cluster: Cluster, scans: int, *, mode: str | None = None, actors: int | None = None) -> Plan:
+def make_plan(cluster: Cluster, scans: int, how: How) -> Plan:
     """Choose actors and part size. PreflightError where Ray would wait for ever."""
-    chosen: Literal["fused", "apart"] = "apart" if mode == "apart" or (mode is None and cluster.gpus) else "fused"
+    chosen: Literal["fused", "apart"] = "apart" if how.mode == "apart" or (how.mode is None and cluster.gpus) else "fused"
     gpus = 1.0 if cluster.gpus and chosen == "apart" else 0.0
-    wanted = actors or int(cluster.gpus if gpus else cluster.cores if chosen == "fused" else max(1, cluster.cores // 2))
+    wanted = how.actors or int(cluster.gpus if gpus else cluster.cores if chosen == "fused" else max(1, cluster.cores // 2))
     wanted = max(1, min(wanted, scans))
     plan = Plan(chosen, wanted, 1.0, gpus, max(1, min(MOST_SCANS_PER_PART, -(-scans // (4 * wanted)))))
     require(cluster, cpus=wanted * plan.actor_cpus + 1, gpus=wanted * gpus, what=f"segmenting with {wanted} actors")
@@ -262,5 +307,4 @@ def _written(job: Job, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 def verify_run(run: str) -> list[str]:
     """Prove a finished run against the manifest it keeps; what is wrong, one line each."""
     table = manifest.read_manifest(storage.join(run, MANIFEST_FILE))
-    expected = {r["scan_id"]: runs.content_tag(r) for r in table.select(["scan_id", "label_map", "sources"]).to_pylist()}
-    return runs.verify_run(run, expected)
+    return runs.verify_run(run, expected_tags(table))

@@ -36,11 +36,11 @@ def connect() -> Cluster:
         _start_local() if local else ray.init(log_to_driver=False, logging_level=logging.ERROR)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    total = ray.cluster_resources()
-    nodes = sum(1 for n in ray.nodes() if n["Alive"])
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     cpus = total.get("CPU", 0.0)
     cores = min(os.cpu_count() or 1, int(cpus)) if local else int(cpus)
-    return Cluster(cpus, total.get("GPU", 0.0), max(1, cores), nodes, local)
+    return Cluster(cpus, total.get("GPU", 0.0), max(1, cores), len(nodes), local)
 
 
 def _start_local() -> None:
@@ -58,6 +58,5 @@ def _start_local() -> None:
 def require(cluster: Cluster, *, cpus: float, gpus: float = 0, what: str) -> None:
     """Raise PreflightError where a job would wait for resources for ever, which Ray does without a word."""
     if cpus > cluster.cpus or gpus > cluster.gpus:
-        raise PreflightError(
-            f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs at once; the cluster has {cluster.cpus:g} and {cluster.gpus:g}. Ask for fewer workers."
-        )
+        needs = f"{cpus:g} CPUs and {gpus:g} GPUs at once; the cluster has {cluster.cpus:g} and {cluster.gpus:g}"
+        raise PreflightError(f"{what} needs {needs}. Ask for fewer workers.")

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from brainseg import commands, storage
 from brainseg.config import Config, build
+from brainseg.environment import prepare_environment
 from brainseg.errors import BrainsegError, ConfigError, ExitCode, UsageError
 
 S = TypeVar("S", bound=Config)
@@ -81,6 +82,7 @@ def read_spec(kind: type[S], path: str) -> S:
 
 def run(kind: type[S], job: Callable[[S], ExitCode], words: Sequence[str]) -> int:
     """Run a job on the spec that `words` name; our own errors become one line and their exit code, as on the command line."""
+    prepare_environment()
     try:
         if len(words) != 1:
             raise UsageError(f"expected one word, the path of a spec (YAML); got {len(words)}")

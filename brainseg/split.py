@@ -8,6 +8,8 @@ from brainseg.config import TrainConfig
 from brainseg.errors import LeakageError, PreflightError
 from brainseg.model import Split
 
+NUM_FOLDS = 5
+"""How many folds are made up where the manifest gives none."""
 BLOCK = 20
 """Where patients are unknown but folds are given, validation takes whole runs of this many neighbouring scans."""
 Row = Mapping[str, Any]
@@ -34,25 +36,32 @@ def split_rows(rows: Sequence[Row], config: TrainConfig) -> tuple[Split, dict[st
         _lend_validation(parts)
     for name in ("train", "test"):
         if not parts[name]:
-            raise PreflightError(f"fold {config.folds_held_out} leaves nothing for {name}; the manifest has folds {sorted(set(folds))}")
-    unit = "patient" if all(r["patient_id"] for r in usable) else "scan"
-    names = {part: tuple(sorted({str(r["patient_id"] if unit == "patient" else r["scan_id"]) for r in rows_}))
-             for part, rows_ in parts.items()}
-    shared = _shared(names)
+            there = sorted(set(folds))
+            raise PreflightError(f"fold {config.folds_held_out} leaves nothing for {name}; the manifest has folds {there}")
+    shared = _shared(parts)
     if shared and not config.accept_leakage:
-        raise LeakageError(f"{len(shared)} patients stand on two sides of the split, such as {shared[0]}; folds must be made by patient")
+        raise LeakageError(
+            f"{len(shared)} patients stand on two sides of the split, such as {shared[0]}; folds must be made by patient"
+        )
+    unit = "patient" if all(r["patient_id"] for r in usable) else "scan"
+    names = {part: tuple(sorted({str(r[f"{unit}_id"]) for r in members})) for part, members in parts.items()}
     return Split(unit=unit, **names), parts
 
 
 def _folds(rows: Sequence[Row], config: TrainConfig) -> list[int]:
-    """Every row's fold; made up by scan only where leakage is accepted in so many words."""
-    unknown = [r for r in rows if r["fold"] is None]
+    """Every row's fold; made up by patient where missing, and by scan only where leakage is accepted in so many words."""
+    unknown = [r for r in rows if r["fold"] is None and not r["patient_id"]]
     if unknown and not config.accept_leakage:
         raise LeakageError(
-            f"{len(unknown)} of {len(rows)} scans have neither a patient nor a fold, such as {unknown[0]['scan_id']}: a random split may put one "
-            "patient on both sides. Give patients or folds in a CSV beside the images, or pass --accept-leakage"
+            f"{len(unknown)} of {len(rows)} scans have neither a patient nor a fold, such as {unknown[0]['scan_id']}: a "
+            "random split may put one patient on both sides. Give patients or folds in a CSV beside the images, or pass "
+            "--accept-leakage"
         )
-    return [r["fold"] if r["fold"] is not None else int(5 * _unit(str(r["scan_id"]), config.seed)) for r in rows]
+    return [int(r["fold"]) if r["fold"] is not None else _made_up_fold(r, config.seed) for r in rows]
+
+
+def _made_up_fold(row: Row, seed: int) -> int:
+    return int(NUM_FOLDS * _unit(f"fold|{row['patient_id'] or row['scan_id']}", seed))
 
 
 def _groups(rows: Sequence[Row]) -> Iterable[str]:
@@ -64,7 +73,7 @@ def _groups(rows: Sequence[Row]) -> Iterable[str]:
             continue
         fold = -1 if row["fold"] is None else int(row["fold"])
         seen[fold] = seen.get(fold, 0) + 1
-        yield f"fold {fold} block {seen[fold] // BLOCK}"
+        yield f"fold {fold} block {(seen[fold] - 1) // BLOCK}"
 
 
 def _lend_validation(parts: dict[str, list[Row]]) -> None:
@@ -82,6 +91,9 @@ def _unit(text: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}|validation|{text}".encode()).digest()[:8], "big") / 2**64
 
 
-def _shared(names: Mapping[str, Sequence[str]]) -> list[str]:
-    train, validation, test = (set(names[p]) for p in ("train", "validation", "test"))
+def _shared(parts: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Known patients of more than one part; looked at row by row, since a manifest may know some and not others."""
+    train, validation, test = (
+        {str(r["patient_id"]) for r in parts[p] if r["patient_id"]} for p in ("train", "validation", "test")
+    )
     return sorted((train & validation) | (train & test) | (validation & test))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from brainseg.config import SegmentConfig
 from brainseg.errors import Code, ScanError, StorageError
@@ -77,13 +78,15 @@ def guarded(stage: str, scan_id: str, call: Callable[[], Work], row: Row) -> Wor
     except (MemoryError, torch.OutOfMemoryError):
         return Work(row, failure=Failure(Code.OUT_OF_MEMORY, stage, f"{scan_id}: not enough memory"))
     except Exception as error:  # noqa: BLE001  a fault of ours in one scan must not end a run of a million
-        return Work(row, failure=Failure(Code.INTERNAL, stage, f"{scan_id}: {type(error).__name__} inside brainseg; please report it"))
+        message = f"{scan_id}: {type(error).__name__} inside brainseg; please report it"
+        return Work(row, failure=Failure(Code.INTERNAL, stage, message))
 
 
 def decode(row: Row, *, with_label: bool) -> Work:
     """Read, decode, check, crop."""
     started = time.perf_counter()
-    work = guarded("list" if row["problem_code"] else "decode", row["scan_id"], lambda: Work(row, load_scan(row, with_label=with_label)), row)
+    stage = "list" if row["problem_code"] else "decode"
+    work = guarded(stage, row["scan_id"], lambda: Work(row, load_scan(row, with_label=with_label)), row)
     return replace(work, seconds_decode=time.perf_counter() - started)
 
 
@@ -102,10 +105,11 @@ def predict(model: Model, works: Sequence[Work]) -> list[Work]:
 def _predict_alone(model: Model, work: Work) -> Work:
     def call() -> Work:
         assert work.scan is not None
-        return replace(work, prediction=model.predict([work.scan])[0])
+        answer = model.predict([work.scan])[0]
+        return replace(work, prediction=answer, seconds_predict=answer.seconds)
 
-    failed = guarded("predict", work.row["scan_id"], call, work.row)
-    return replace(failed, seconds_decode=work.seconds_decode)
+    done = guarded("predict", work.row["scan_id"], call, work.row)
+    return replace(done, seconds_decode=work.seconds_decode)
 
 
 def finish(work: Work, job: Job) -> dict[str, Any]:
@@ -125,6 +129,7 @@ def _identity(row: Row, job: Job) -> dict[str, Any]:
         **kept,
         "status": "failed",
         "warnings": [],
+        "modalities_missing": [m for m in job.card.modalities if m not in row["modalities"]],
         "model_fingerprint": job.model_fingerprint,
         "config_fingerprint": job.config_fingerprint,
         "content_tag": content_tag(row),
@@ -142,7 +147,8 @@ def _measured(work: Work, row: dict[str, Any], job: Job) -> Work:
     entries = score_regions(scan.label, str(work.row["label_map"]), prediction.label, scan.grid, job.card)
     mask, encoding = encode_mask(prediction.label, scan.grid)
     if job.settings.thumbnails:
-        row["thumbnail"] = make_thumbnail(scan.image, scan.box, scan.grid, scan.label, prediction.label, scan.modalities, scan.background)
+        masks = (scan.label, prediction.label)
+        row["thumbnail"] = make_thumbnail(scan.image, scan.box, scan.grid, *masks, scan.modalities, scan.background)
     row |= {
         "warnings": list(scan.warnings),
         "shape": list(scan.grid.shape),
@@ -150,7 +156,6 @@ def _measured(work: Work, row: dict[str, Any], job: Job) -> Work:
         "affine": None if scan.grid.affine is None else list(scan.grid.affine),
         "orientation": scan.grid.orientation,
         "modalities": list(job.card.modalities),
-        "modalities_missing": [],
         "modalities_duplicated": list(scan.duplicated),
         "mask": mask,
         "mask_encoding": encoding,
@@ -161,7 +166,7 @@ def _measured(work: Work, row: dict[str, Any], job: Job) -> Work:
     return work
 
 
-def encode_mask(label: np.ndarray[Any, np.dtype[np.uint8]], grid: Grid) -> tuple[bytes, str]:
+def encode_mask(label: NDArray[np.uint8], grid: Grid) -> tuple[bytes, str]:
     """A label volume `(D, H, W)` as a file that opens anywhere: PNG for a single image, NIfTI for everything else."""
     if label.shape[0] == 1 and grid.affine is None:
         return write_png(label[0]), "png"
@@ -192,15 +197,17 @@ def pack(work: Work) -> bytes:
         "failure": work.failure.__dict__ if work.failure else None,
         "seconds": [work.seconds_decode, work.seconds_predict],
         "arrays": [[a.dtype.str, list(a.shape)] for a in arrays],
-        "scan": None if scan is None else {
-            "scan_id": scan.scan_id, "modalities": scan.modalities, "background": scan.background,
-            "shape": scan.grid.shape, "affine": scan.grid.affine, "box": scan.box, "labelled": scan.label is not None,
-            "duplicated": scan.duplicated, "warnings": scan.warnings,
-        },
+        "scan": None if scan is None else _describe(scan),
         "prediction": None if prediction is None else {"trust": prediction.trust, "seconds": prediction.seconds},
     }
     text = json.dumps(head).encode()
     return b"".join([struct.pack("<Q", len(text)), text, *(np.ascontiguousarray(a).tobytes() for a in arrays)])
+
+
+def _describe(scan: Scan) -> dict[str, Any]:
+    """A scan without its arrays, as JSON takes it."""
+    plain = {n: getattr(scan, n) for n in ("scan_id", "modalities", "background", "box", "duplicated", "warnings")}
+    return {**plain, "shape": scan.grid.shape, "affine": scan.grid.affine, "labelled": scan.label is not None}
 
 
 def unpack(data: bytes, row: Row) -> Work:
@@ -213,16 +220,26 @@ def unpack(data: bytes, row: Row) -> Work:
         arrays.append(np.frombuffer(data, np.dtype(kind), size, offset).reshape(shape))
         offset += size * np.dtype(kind).itemsize
     s, p = head["scan"], head["prediction"]
-    scan = None if s is None else Scan(
-        scan_id=s["scan_id"], modalities=tuple(s["modalities"]), image=arrays[0], background=tuple(s["background"]),
-        grid=Grid(tuple(s["shape"]), None if s["affine"] is None else tuple(s["affine"])),
-        box=tuple((a, b) for a, b in s["box"]), label=arrays[1] if s["labelled"] else None,
-        duplicated=tuple(s["duplicated"]), warnings=tuple(s["warnings"]),
-    )  # fmt: skip
     return Work(
         row,
-        scan,
+        None if s is None else _described(s, arrays[0], arrays[1] if s["labelled"] else None),
         None if p is None else Prediction(arrays[-1], tuple(p["trust"]), p["seconds"]),
         Failure(**head["failure"]) if head["failure"] else None,
         *head["seconds"],
+    )
+
+
+def _described(s: Mapping[str, Any], image: NDArray[Any], label: NDArray[np.uint8] | None) -> Scan:
+    """Undo `_describe`."""
+    (a, b), (c, d), (e, f) = s["box"]
+    return Scan(
+        scan_id=s["scan_id"],
+        modalities=tuple(s["modalities"]),
+        image=image,
+        background=tuple(s["background"]),
+        grid=Grid(tuple(s["shape"]), None if s["affine"] is None else tuple(s["affine"])),
+        box=((a, b), (c, d), (e, f)),
+        label=label,
+        duplicated=tuple(s["duplicated"]),
+        warnings=tuple(s["warnings"]),
     )

@@ -1,4 +1,4 @@
-"""Train: from a manifest to a model, on Ray Train. The training itself is in `learn.py`; here is where it runs.
+"""Train: from a manifest to a model, on Ray Train. What a step is stands in `learn.py`, what a worker does in `course.py`.
 
 The way: split by patient -> decode once into a cache (Ray Data) -> N workers learn from it (Ray Train), validating on
 whole scans after each epoch -> the best weights are measured once on the held-out fold -> the model folder.
@@ -7,12 +7,10 @@ whole scans after each epoch -> the best weights are measured once on the held-o
 
 import io
 import json
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,28 +18,21 @@ import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
 
-from brainseg import cache, learn, manifest, storage
-from brainseg.config import SegmentConfig, TrainConfig
+from brainseg import cache, manifest, storage
+from brainseg.config import TrainConfig
+from brainseg.course import worker_loop
 from brainseg.curves import draw_curves
 from brainseg.errors import BrainsegError, PreflightError, ScanError, StorageError, UsageError
-from brainseg.held_out import measure
-from brainseg.model import CARD, Model, ModelCard, Split, fingerprint_of, load_card, save_model
+from brainseg.model import CARD, ModelCard, Split, load_card, save_model
 from brainseg.regions import label_map
 from brainseg.scans import Scan, load_scan
-from brainseg.scoring import mean_dice, segment_and_score
 from brainseg.session import Cluster, connect, require
 from brainseg.split import split_rows
-from brainseg.unet import UNet
 from brainseg.versions import versions
 
 SCANS_PER_SHARD = 16
-SCANS_PER_PREDICT = 8
-SHELF_BYTES = 2 << 30
 MAX_WORKER_FAILURES = 2
 Row = Mapping[str, Any]
 Say = Callable[[str], None]
@@ -88,7 +79,8 @@ def resolve(config: TrainConfig, rows: Sequence[Row]) -> TrainConfig:
     wanted = config.modalities or tuple(common)
     able = sum(1 for r in rows if set(wanted) <= set(r["modalities"]))
     if not wanted or not able:
-        raise PreflightError(f"the recipe wants {', '.join(wanted) or 'a common modality'}; the manifest's scans have {', '.join(common) or 'none in common'}")
+        asked, there = ", ".join(wanted) or "a common modality", ", ".join(common) or "none in common"
+        raise PreflightError(f"the recipe wants {asked}; the manifest's scans have {there}")
     for name in {str(r["label_map"]) for r in rows}:
         label_map(name).masks(np.zeros((1,), np.uint8), config.regions)
     return config.model_copy(update={"modalities": wanted})
@@ -135,7 +127,9 @@ def _claim(work: str, card: ModelCard) -> None:
     mine = {"config": card.train.fingerprint(), "manifest": card.manifest_fingerprint}
     if storage.exists(place):
         if storage.read_json(place) != mine:
-            raise UsageError(f"{work} holds an unfinished training with another config or manifest; remove it or choose another --out")
+            raise UsageError(
+                f"{work} holds an unfinished training with another config or manifest; remove it or choose another --out"
+            )
         return
     storage.write_json(place, mine)
 
@@ -193,10 +187,12 @@ def _decode_batch(batch: pa.Table, config_body: dict[str, Any], shards: str) -> 
 def _fit(work: str, card: ModelCard, count: int, per_worker: int, cluster: Cluster, say: Say) -> None:
     """Run the workers to the end, saying a line an epoch."""
     trainer = ray.train.torch.TorchTrainer(
-        _worker_loop,
+        worker_loop,
         train_loop_config={"work": work, "card": card.model_dump(mode="json"), "threads": per_worker},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=count, use_gpu=cluster.gpus > 0, resources_per_worker={"CPU": per_worker, **({"GPU": 1} if cluster.gpus else {})}
+            num_workers=count,
+            use_gpu=cluster.gpus > 0,
+            resources_per_worker={"CPU": per_worker, **({"GPU": 1} if cluster.gpus else {})},
         ),
         run_config=ray.train.RunConfig(
             name=card.train.fingerprint()[:16],
@@ -236,154 +232,8 @@ def _watch(log: str, done: threading.Event, say: Say) -> None:
 def epoch_line(m: Mapping[str, Any]) -> str:
     """One epoch as a person reads it."""
     dice = "" if m["validation_dice"] is None else f"  validation Dice {m['validation_dice']:.4f}{' *' if m['best'] else ''}"
-    return f"epoch {m['epoch'] + 1:>3}/{m['epochs']}  loss {m['loss']:.4f}{dice}  {m['samples_per_s']:.1f} slices/s  {m['elapsed_s']:.0f} s"
-
-
-class Shelf:
-    """Whole scans of one worker's part, decoded once and kept while they fit in memory."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
-        self._kept: dict[int, Scan | None] = {}
-        self._bytes = 0
-
-    def scored(self, model: Model) -> list[dict[str, Any]]:
-        """Segment and score every readable scan, a few at a time."""
-        out: list[dict[str, Any]] = []
-        for start in range(0, len(self.rows), SCANS_PER_PREDICT):
-            found = [(scan, self.rows[i]) for i in range(start, min(start + SCANS_PER_PREDICT, len(self.rows))) if (scan := self._get(i))]
-            if found:
-                out += segment_and_score(model, [s for s, _ in found], [r for _, r in found])
-        return out
-
-    def _get(self, number: int) -> Scan | None:
-        if number in self._kept:
-            return self._kept[number]
-        try:
-            scan: Scan | None = load_scan(self.rows[number])
-        except (ScanError, StorageError):
-            scan = None
-        size = 0 if scan is None else scan.image.nbytes
-        if self._bytes + size <= SHELF_BYTES:
-            self._kept[number], self._bytes = scan, self._bytes + size
-        return scan
-
-
-def _worker_loop(job: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    context = ray.train.get_context()
-    worker = learn.Worker(context.get_world_rank(), context.get_world_size())
-    torch.set_num_threads(job["threads"])
-    card = ModelCard.model_validate(job["card"])
-    body = storage.read_json(storage.join(job["work"], "index.json"))
-    samples = cache.SampleSet([cache.Entry.from_json(e) for e in body], len(card.regions))
-    learner = learn.make_learner(card.train, len(samples), ray.train.torch.get_device(), worker)
-    Session(job["work"], card, learner, samples).run()
-
-
-class Session:
-    """One worker's training from its first (or last checkpointed) epoch to the measured result."""
-
-    def __init__(self, work: str, card: ModelCard, learner: learn.Learner, samples: cache.SampleSet) -> None:
-        self.work, self.card, self.learner, self.samples = work, card, learner, samples
-        part = "validation" if card.split.validation else "test"
-        rows = manifest.read_manifest(storage.join(work, f"{part}.parquet")).to_pylist()
-        self.shelf = Shelf(rows[learner.worker.rank :: learner.worker.count])
-        network = UNet(card.network, len(card.modalities), len(card.regions))
-        self.validated = Model(card, network, "", learner.device, SegmentConfig())
-        self.best: dict[str, Tensor] = {k: v.clone() for k, v in learner.best_guess().items()}
-        self.state: dict[str, Any] = {"epoch": 0, "best_dice": -1.0, "best_epoch": -1, "stale": 0, "log": [], "elapsed_s": 0.0}
-
-    def run(self) -> None:
-        self._restore()
-        config, started = self.card.train, time.monotonic() - self.state["elapsed_s"]
-        while self.state["epoch"] < config.epochs:
-            began = time.monotonic()
-            loss = self._mean(learn.train_epoch(self.learner, self.samples, self.state["epoch"]))
-            seconds = time.monotonic() - began
-            dice = self._validate() if (self.state["epoch"] + 1) % config.validate_every == 0 or self.state["epoch"] + 1 == config.epochs else None
-            self._note(loss, dice, seconds, time.monotonic() - started)
-            self._report()
-            if config.patience is not None and self.state["stale"] >= config.patience:
-                break
-        self._measure()
-
-    def _validate(self) -> float:
-        """Mean Dice over whole validation scans, each counted once however many workers share them."""
-        self.validated.network.load_state_dict(self.learner.best_guess())
-        return mean_dice(self._gather(self.shelf.scored(self.validated)))
-
-    def _note(self, loss: float, dice: float | None, seconds: float, elapsed: float) -> None:
-        """Bring the training's state up to date with a finished epoch."""
-        s, config = self.state, self.card.train
-        better = dice is not None and dice > s["best_dice"]
-        if better:
-            s.update(best_dice=dice, best_epoch=s["epoch"], stale=0)
-            self.best = {k: v.detach().clone() for k, v in self.learner.best_guess().items()}
-        elif dice is not None:
-            s["stale"] += 1
-        rate = self.learner.steps_per_epoch * config.batch_size / seconds
-        s["log"].append(
-            {
-                "epoch": s["epoch"],
-                "epochs": config.epochs,
-                "loss": loss,
-                "validation_dice": dice,
-                "best": better,
-                "learning_rate": learn.learning_rate(config.optimiser, (s["epoch"] + 1) * self.learner.steps_per_epoch - 1, self.learner.total_steps),
-                "samples_per_s": rate,
-                "elapsed_s": elapsed,
-            }
-        )
-        s["epoch"] += 1
-        s["elapsed_s"] = elapsed
-
-    def _report(self) -> None:
-        """Hand Ray a checkpoint from the first worker, and the log to whoever watches."""
-        last = self.state["log"][-1]
-        metrics = {k: last[k] for k in ("epoch", "loss", "validation_dice")}
-        if self.learner.worker.rank:
-            ray.train.report(metrics)
-            return
-        storage.write_text(storage.join(self.work, "metrics.jsonl"), "".join(json.dumps(m) + "\n" for m in self.state["log"]))
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "state.safetensors").write_bytes(save_tensors(learn.state_tensors(self.learner, self.best)))
-            (Path(folder) / "state.json").write_text(json.dumps(self.state))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-    def _restore(self) -> None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as folder:
-            tensors = load_tensors((Path(folder) / "state.safetensors").read_bytes())
-            self.state = json.loads((Path(folder) / "state.json").read_text())
-        best = learn.restore(self.learner, tensors)
-        self.best = {k: v.to(self.learner.device) for k, v in best.items()}
-
-    def _measure(self) -> None:
-        """Measure the best weights on the held-out fold; the first worker leaves weights and result for the driver."""
-        self.validated.network.load_state_dict(self.best)
-        rows = manifest.read_manifest(storage.join(self.work, "test.parquet")).to_pylist()
-        mine = Shelf(rows[self.learner.worker.rank :: self.learner.worker.count])
-        scored = self._gather(mine.scored(self.validated))
-        if self.learner.worker.rank == 0:
-            storage.write_bytes(storage.join(self.work, "best.safetensors"), save_tensors({k: v.cpu().contiguous() for k, v in self.best.items()}))
-            train_rows = manifest.read_manifest(storage.join(self.work, "train.parquet")).to_pylist()
-            result = {"state": self.state, **measure(scored, train_rows, rows, self.card)}
-            storage.write_json(storage.join(self.work, "result.json"), result)
-        ray.train.report({"done": True})
-
-    def _gather(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if self.learner.worker.count == 1:
-            return rows
-        shares: list[list[dict[str, Any]]] = [[] for _ in range(self.learner.worker.count)]
-        torch.distributed.all_gather_object(shares, rows)
-        return [row for share in shares for row in share]
-
-    def _mean(self, value: float) -> float:
-        rows = self._gather([{"value": value}])
-        return float(sum(r["value"] for r in rows) / len(rows))
+    pace = f"{m['samples_per_s']:.1f} slices/s  {m['elapsed_s']:.0f} s"
+    return f"epoch {m['epoch'] + 1:>3}/{m['epochs']}  loss {m['loss']:.4f}{dice}  {pace}"
 
 
 def _keep(out: str, work: str, card: ModelCard) -> ModelCard:
@@ -403,6 +253,3 @@ def _keep(out: str, work: str, card: ModelCard) -> ModelCard:
     card = save_model(out, card, load_tensors(storage.read_bytes(storage.join(work, "best.safetensors"))))
     storage.delete_tree(work)
     return card
-
-
-__all__ = ["epoch_line", "fingerprint_of", "resolve", "train_model"]

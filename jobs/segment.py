@@ -3,6 +3,7 @@
 import sys
 
 from brainseg import commands
+from brainseg.config import How, build
 from brainseg.console import Voice
 from brainseg.errors import ExitCode
 from brainseg.specs import SegmentSpec, run
@@ -10,17 +11,9 @@ from brainseg.specs import SegmentSpec, run
 
 def segment(spec: SegmentSpec) -> ExitCode:
     """Segment every scan into the run folder; SOME_FAILED where the quarantine is not empty."""
-    counts = commands.segment(
-        spec.source,
-        spec.model,
-        spec.out,
-        Voice(),
-        assignments=spec.set,
-        max_failures=None if spec.max_failures is None else str(spec.max_failures),
-        actors=spec.actors,
-        mode=spec.plan,
-        dry_run=spec.dry_run,
-    )
+    limit = None if spec.max_failures is None else str(spec.max_failures)
+    how = build(How, {"max_failures": limit, "mode": spec.plan, "actors": spec.actors, "dry_run": spec.dry_run}, "spec")
+    counts = commands.segment(spec.source, spec.model, spec.out, Voice(), how, spec.set)
     return ExitCode.SOME_FAILED if counts.get("failed") else ExitCode.OK
 
 

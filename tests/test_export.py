@@ -104,7 +104,10 @@ def test_a_place_that_is_no_run_is_refused(tmp_path):
 
 
 def test_a_hostile_id_stays_inside_the_folder(tmp_path):
-    rows = [mask_row(name, volume(i)) for i, name in enumerate(["../../escape", "/etc/passwd", "a/b", "..", "con", "x\ny", ".hidden"])]
+    rows = [
+        mask_row(name, volume(i))
+        for i, name in enumerate(["../../escape", "/etc/passwd", "a/b", "..", "con", "x\ny", ".hidden"])
+    ]
     assert export_run(write_run(tmp_path / "run", rows), str(tmp_path / "out")) == len(rows)
     assert len(names(tmp_path / "out")) == len(rows)
     assert names(tmp_path) == ["out", "run"]

@@ -140,7 +140,7 @@ def test_what_is_no_hdf5_file_is_named(data, code):
 
 
 @given(st.integers(0, len(made(slice_file)) - 1), st.binary(min_size=1, max_size=8))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_damaged_file_is_read_or_refused_and_nothing_else(at, noise):
     data = bytearray(made(slice_file))
     data[at : at + len(noise)] = noise

@@ -102,7 +102,7 @@ def test_colour_is_handed_on_with_channels_last_however_it_is_stored(planes):
 
 def test_one_bit_pictures_are_zero_and_one():
     mask = GREY > 100
-    for data in (png(mask), tiff(mask), saved(Image.fromarray(mask), "TIFF", compression="group4")):
+    for data in (png(mask), tiff(mask, photometric="minisblack"), saved(Image.fromarray(mask), "TIFF", compression="group4")):
         back, warnings = read_image(data, "x")
         assert (back.dtype, warnings) == (np.uint8, ())
         np.testing.assert_array_equal(back, mask)
@@ -136,7 +136,7 @@ def test_four_channels_that_are_not_declared_alpha_are_four_channels():
 def test_a_palette_is_replaced_by_its_values(kind):
     palette = Image.fromarray(GREY, "L").convert("P")
     back, warnings = read_image(saved(palette, kind), "x")
-    assert codes(warnings) == ["PALETTE"]
+    assert codes(warnings) == ([] if kind == "GIF" else ["PALETTE"])  # Pillow stores and reads this one as plain grey
     np.testing.assert_array_equal(back, GREY)
     coloured = Image.fromarray(COLOUR).quantize(16)
     back, warnings = read_image(saved(coloured, kind), "x")
@@ -147,10 +147,17 @@ def test_a_palette_is_replaced_by_its_values(kind):
 @pytest.mark.parametrize("kind", ["u1", "u2", "bool"])
 def test_zero_as_white_is_inverted_with_a_warning(kind):
     array = (GREY * np.iinfo("u1").max).astype(kind)
-    back, warnings = read_image(tiff(array, photometric="miniswhite"), "x.tif")
+    back, warnings = read_image(tiff(array, photometric="miniswhite", software="other"), "x.tif")
     top = 1 if kind == "bool" else np.iinfo(kind).max
     assert codes(warnings) == ["INVERTED"]
     np.testing.assert_array_equal(back, top - array.astype(np.int64))
+
+
+def test_a_boolean_mask_of_tifffile_is_read_as_it_was_given():
+    mask = GREY > 100
+    back, warnings = read_image(tiff(mask), "x.tif")  # declares zero as white without inverting
+    assert codes(warnings) == ["INVERTED"]
+    np.testing.assert_array_equal(back, mask)
 
 
 def test_a_declared_rotation_is_told_and_not_applied():
@@ -234,7 +241,7 @@ def test_a_directory_that_leads_back_to_itself_is_refused():
         (tiff(GREY)[:-1], Code.TRUNCATED),
         (tiff(COLOUR, photometric="rgb").decode("utf-8", "replace").encode(), Code.CORRUPT),
         (saved(Image.fromarray(GREY), "JPEG")[:-200], Code.TRUNCATED),
-        (b"\xff\xd8\xff" + bytes(40), Code.CORRUPT),
+        (b"\xff\xd8\xff" + bytes(40) + b"\xff\xd9", Code.CORRUPT),
     ],
 )
 def test_what_is_no_picture_is_named(data, code):
@@ -251,7 +258,7 @@ def test_only_the_end_marker_of_a_png_may_be_missing():
 
 
 @given(st.integers(0, len(png(GREY)) * 8 - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_flipped_bit_in_a_png_never_changes_a_pixel(bit):
     data = bytearray(png(GREY))
     data[bit // 8] ^= 1 << bit % 8
@@ -263,7 +270,7 @@ def test_a_flipped_bit_in_a_png_never_changes_a_pixel(bit):
 
 
 @given(st.sampled_from(["TIFF", "JPEG", "GIF", "PNG"]), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_damaged_picture_is_read_or_refused_and_nothing_else(kind, data):
     whole = bytearray(saved(Image.fromarray(GREY), kind))
     at = data.draw(st.integers(0, len(whole) - 1))

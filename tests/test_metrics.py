@@ -68,7 +68,7 @@ def slow_components(mask):
     return found
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(mask_pairs())
 def test_overlap_equals_its_formula_voxel_by_voxel(case):
     label, prediction, spacing = case
@@ -91,7 +91,7 @@ def test_overlap_equals_its_formula_voxel_by_voxel(case):
     assert [row[k] for k in RATIOS] == [part / whole if whole else None for part, whole in fractions]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(mask_pairs())
 def test_distances_equal_the_full_matrix_of_surface_distances(case):
     label, prediction, spacing = case
@@ -107,7 +107,7 @@ def test_distances_equal_the_full_matrix_of_surface_distances(case):
         assert found == [None] * 3
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(mask_pairs())
 def test_the_distance_transform_and_the_tree_give_one_answer(case):
     label, prediction, spacing = case
@@ -123,7 +123,7 @@ def test_the_distance_transform_and_the_tree_give_one_answer(case):
         assert np.count_nonzero(found) == own.sum()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(mask_pairs())
 def test_lesions_equal_a_flood_fill(case):
     label, prediction, spacing = case
@@ -136,7 +136,7 @@ def test_lesions_equal_a_flood_fill(case):
     assert row["largest_lesion_voxels"] == max(map(len, predicted), default=0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(mask_pairs())
 def test_swapping_label_and_prediction_swaps_the_counts_and_keeps_what_is_symmetric(case):
     label, prediction, spacing = case
@@ -147,7 +147,7 @@ def test_swapping_label_and_prediction_swaps_the_counts_and_keeps_what_is_symmet
         assert one[name] == pytest.approx(two[name]), name
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(mask_pairs(), st.tuples(*[st.integers(1, 3)] * 3))
 def test_empty_space_around_a_scan_changes_nothing_but_the_true_negatives(case, margin):
     label, prediction, spacing = case

@@ -82,7 +82,7 @@ def refusal(data: bytes, name: str = "x.nii") -> Code:
 
 
 @given(ARRAYS, affines())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_what_is_written_opens_in_nibabel_with_equal_voxels_and_affine(array, affine):
     image = by_nibabel(write_nifti(array, Grid.of(array.shape, affine)))
     np.testing.assert_array_equal(np.asanyarray(image.dataobj).T, array)
@@ -92,7 +92,7 @@ def test_what_is_written_opens_in_nibabel_with_equal_voxels_and_affine(array, af
 
 
 @given(ARRAYS, affines())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_reading_undoes_writing_and_writing_is_deterministic(array, affine):
     grid = Grid.of(array.shape, affine)
     data = write_nifti(array, grid)
@@ -104,7 +104,7 @@ def test_reading_undoes_writing_and_writing_is_deterministic(array, affine):
 
 
 @given(ARRAYS, affines(), st.booleans(), st.booleans(), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_file_of_nibabel_reads_as_nibabel_reads_it(array, affine, big_endian, second_version, pack):
     kind, header = (nib.Nifti2Image, nib.Nifti2Header) if second_version else (nib.Nifti1Image, nib.Nifti1Header)
     empty = header(endianness=">" if big_endian else "<")
@@ -121,13 +121,13 @@ def test_any_file_of_nibabel_reads_as_nibabel_reads_it(array, affine, big_endian
 
 
 @given(affines())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_qform_alone_places_the_volume_where_nibabel_does(affine):
     image = nib.Nifti1Image(head().T, None)
     image.set_qform(affine, code=1)
     image.set_sform(None, code=0)
     ours = read_nifti(image.to_bytes(), "x")
-    np.testing.assert_allclose(ours.grid.matrix, image.header.get_qform(), atol=1e-4)
+    np.testing.assert_allclose(ours.grid.matrix, image.header.get_qform(), atol=1e-6)
 
 
 @pytest.mark.parametrize(("slope", "inter"), [(2.0, 10.0), (0.001, 0.0), (1.0, -1024.0), (-1.0, 0.0)])
@@ -173,7 +173,7 @@ def test_lengths_in_micrometres_become_millimetres():
 
 
 @given(st.integers(0, len(packed()) - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_beginning_of_a_packed_file_is_accepted(length):
     assert refusal(packed()[:length]) in (Code.TRUNCATED, Code.EMPTY_FILE, Code.NOT_NIFTI)
 
@@ -332,7 +332,7 @@ def test_arbitrary_bytes_are_refused_with_a_reason(data):
 
 
 @given(st.integers(0, 347), st.binary(min_size=1, max_size=12), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_an_arbitrary_header_is_read_or_refused_and_nothing_else(at, noise, pack):
     data = bytearray(gzip.decompress(packed()))
     data[at : at + len(noise)] = noise

@@ -13,7 +13,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from brainseg.errors import Code, ScanError
 from brainseg.formats import Notes, describe_content, require_bytes
@@ -21,6 +21,8 @@ from brainseg.formats.tiff import read_tiff, require_size, without_alpha
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 EXIF_ORIENTATION = 0x0112
+
+_ENDS = {"JPEG": b"\xff\xd9", "GIF": b"\0;"}
 
 _SUFFIXES = {"PNG": (".png",), "TIFF": (".tif", ".tiff"), "JPEG": (".jpg", ".jpeg", ".jpe"), "GIF": (".gif",)}
 
@@ -127,18 +129,22 @@ def _decode_png(data: bytes, chunks: _Chunks, notes: Notes) -> NDArray[Any]:
 
 
 def _read_pillow(data: bytes, kind: str, notes: Notes) -> NDArray[Any]:
+    ended = _ENDS[kind] in data
     try:
         with Image.open(io.BytesIO(data), formats=(kind,)) as image:
-            return _pixels(image, notes)
+            array = _pixels(image, notes)
     except ScanError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise notes.error(Code.TOO_LARGE, f"found a {kind} that claims more pixels than any scan has") from error
-    except UnidentifiedImageError as error:
-        raise notes.error(Code.CORRUPT, f"found a damaged {kind} header; fetch the file again") from error
     except Exception as error:  # a foreign decoder on foreign bytes
-        code = Code.TRUNCATED if "truncated" in str(error) else Code.CORRUPT
-        raise notes.error(code, f"found a {kind} that cannot be decoded ({error}); fetch the file again") from error
+        code = Code.TRUNCATED if "truncated" in str(error) or not ended else Code.CORRUPT
+        raise notes.error(
+            code, f"found a {kind} that cannot be decoded, expected all its pixels; fetch the file again"
+        ) from error
+    if not ended:
+        notes.warn(Code.TRUNCATED, f"found a {kind} without its end marker; its pixels are complete")
+    return array
 
 
 def _pixels(image: Image.Image, notes: Notes) -> NDArray[Any]:

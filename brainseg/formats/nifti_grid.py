@@ -15,6 +15,9 @@ USUAL_SPACING_MM = (0.1, 20.0)
 SPACING_TOLERANCE = 0.01
 """Relative difference between pixdim and the sform's columns that goes without a word."""
 
+HALF_TURN = 3 * float(np.finfo(np.float32).eps)
+"""What float32 leaves of 1 - (b²+c²+d²) in a half turn, where a is 0: its root would tilt the head by 0.1 mm."""
+
 _UNITS_MM = {1: ("metres", 1e3), 3: ("micrometres", 1e-3)}
 
 Matrix = NDArray[np.float64]
@@ -64,7 +67,8 @@ def _qform(header: np.void, spacing: Matrix) -> Matrix | None:
     if not norm <= 1.0 + 1e-3:
         return None
     b, c, d = np.array([b, c, d]) / max(norm, 1.0)
-    a = np.sqrt(max(1.0 - (b * b + c * c + d * d), 0.0))
+    rest = 1.0 - (b * b + c * c + d * d)
+    a = np.sqrt(rest) if rest > HALF_TURN else 0.0
     rotation = np.array(
         [
             [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],

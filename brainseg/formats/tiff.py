@@ -16,15 +16,15 @@ from brainseg.errors import Code
 from brainseg.formats import MAX_VOXELS, Notes
 
 SUBFILE, WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION = 254, 256, 257, 258, 262, 274
-STRIP_OFFSETS, SAMPLES, STRIP_BYTES, PLANAR, COLOUR_MAP = 273, 277, 279, 284, 320
+STRIP_OFFSETS, SAMPLES, STRIP_BYTES, PLANAR, SOFTWARE, COLOUR_MAP = 273, 277, 279, 284, 305, 320
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES, EXTRA_SAMPLES, DEPTH = 322, 323, 324, 325, 338, 32997
 _WANTED = frozenset(
     {
         *(SUBFILE, WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION, STRIP_OFFSETS, SAMPLES, STRIP_BYTES, PLANAR, COLOUR_MAP),
-        *(TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES, EXTRA_SAMPLES, DEPTH),
+        *(TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES, EXTRA_SAMPLES, DEPTH, SOFTWARE),
     }
 )
-_TYPES = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}
+_TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 16: "u8"}
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 
 Tags = Mapping[int, NDArray[np.uint64]]
@@ -159,6 +159,9 @@ def _black_as_zero(array: NDArray[Any], tags: Tags, notes: Notes) -> NDArray[Any
         return array
     if array.dtype.kind not in "ub":
         raise notes.error(Code.UNSUPPORTED, f"found {array.dtype} pixels with zero as white, which has no definition")
+    if array.dtype == np.bool_ and bytes(tags.get(SOFTWARE, np.zeros(0)).astype(np.uint8)).startswith(b"tifffile"):
+        notes.warn(Code.INVERTED, "found 1-bit pixels of tifffile, which declares zero as white but stores it as black")
+        return array
     notes.warn(Code.INVERTED, "found zero as white; values were inverted, so that zero is black")
     if array.dtype == np.bool_:
         return ~array

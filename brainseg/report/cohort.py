@@ -100,13 +100,15 @@ def _run(run: Run) -> dict[str, Any]:
     return {
         "uri": run.uri,
         "run_id": info.get("run_id"),
-        "data": info.get("archive") or info.get("manifest"),
+        "data": info.get("source") or info.get("archive") or info.get("manifest"),
         "version": info.get("brainseg_version"),
         "started": info.get("created_at"),
         "finished": info.get("finished_at"),
         "attempt": info.get("attempt"),
         "hosts": info.get("hosts"),
-        "timings": info.get("timings") or {},
+        "seconds": {
+            name.removesuffix("_s"): value for name, value in (info.get("timings") or {}).items() if name.endswith("_s")
+        },
         "versions": info.get("versions") or {},
         "config": info.get("config") or {},
         "model": {
@@ -128,20 +130,22 @@ def _alerts(cohort: Cohort, counts: Mapping[str, int]) -> list[str]:
     if counts["missing"]:
         said.append(f"{counts['missing']} of {counts['found']} scans have no row yet: the run is unfinished, or lost a part.")
     if cohort.doubled:
-        said.append(f"{cohort.doubled} scans were found twice in one run; the row written last counts.")
+        said.append(f"{_scans(cohort.doubled)} stood twice in one run; the row written last counts.")
     again = scans.num_rows - pc.count_distinct(scans["scan_id"]).as_py()
     if again:
-        said.append(f"{again} scan ids stand in more than one of the runs; each row counts.")
+        said.append(f"{_scans(again)} of one run stand in another one too; each row counts.")
     for column, words in MODALITY_ALERTS.items():
         number = _count(pc.greater(pc.fill_null(pc.list_value_length(scans[column]), 0), 0))
         if number:
-            said.append(f"{number} scans {words}.")
+            said.append(f"{_scans(number)} {words}.")
     nameless = _count(pc.and_(scans["evaluated"], pc.is_null(scans["patient_id"])))
     if nameless:
-        said.append(
-            f"{nameless} evaluated scans name no patient: intervals take each for a patient of its own, and may be too narrow."
-        )
+        said.append(f"{_scans(nameless)} with figures but without a patient: intervals take each for a patient of its own.")
     return said
+
+
+def _scans(number: int) -> str:
+    return "1 scan" if number == 1 else f"{number:,} scans"
 
 
 def _model_alerts(run: Run) -> list[str]:

@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 340, 210
 LEFT, RIGHT, TOP, BOTTOM = 34, 10, 12, 36
+ROOM, LOWEST = 144, 90
+"""Height of the tallest stack of a distribution, and the least height that the chart keeps."""
+
 MAX_DOTS = 2000
 """More points than this become bars or a seeded sample: a browser is slow with 10,000 elements."""
 
-BINS = 50
-CURVE_POINTS = 64
+FINE_BINS, COARSE_BINS, FEW = 50, 25, 150
+"""Bins of the Dice axis, and the number of scans up to which the coarse ones do."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,10 @@ def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _svg(parts: Iterable[str], says: str) -> Markup:
-    body = "".join(parts)
-    return Markup(f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(says)}">{body}</svg>')
+def _svg(parts: Iterable[str], says: str, top: float = 0) -> Markup:
+    """The chart's element; `top` cuts off what stays empty above."""
+    box = f"0 {_n(top)} {WIDTH} {_n(HEIGHT - top)}"
+    return Markup(f'<svg class="chart" viewBox="{box}" role="img" aria-label="{escape(says)}">{"".join(parts)}</svg>')
 
 
 def _text(x: float, y: float, words: str, anchor: str = "middle", css: str = "tick") -> str:
@@ -79,15 +83,19 @@ def _mark(point: Point, x: float, y: float, radius: float) -> str:
 
 def distribution(points: Sequence[Point], median: float | None, says: str) -> Markup:
     """Every scan a mark above its Dice, stacked like a histogram; bars instead where there are more than `MAX_DOTS`."""
-    bins = [min(int(p.dice * BINS), BINS - 1) for p in points]
-    tallest = max(Counter(bins).values(), default=1)
+    bins = COARSE_BINS if len(points) <= FEW else FINE_BINS
+    places = [min(int(p.dice * bins), bins - 1) for p in points]
+    tallest = max(Counter(places).values(), default=1)
+    many = len(points) > MAX_DOTS
+    pitch = ROOM / tallest if many else min((WIDTH - LEFT - RIGHT) / bins, ROOM / tallest)
     parts = [_dice_axis_below()]
-    parts += _bars(bins, tallest) if len(points) > MAX_DOTS else _stacks(points, bins, tallest)
+    parts += _bars(places, bins, tallest) if many else _stacks(points, places, bins, pitch)
+    top = min(_y(0) - pitch * tallest - 18, _y(0) - LOWEST)
     if median is not None:
-        parts.append(_line(_x(median), TOP, _x(median), _y(0), "median"))
-        anchor = "end" if median > 0.5 else "start"
-        parts.append(_text(_x(median) + (-4 if median > 0.5 else 4), TOP + 4, f"median {median:.3f}", anchor, "note"))
-    return _svg(parts, says)
+        side, anchor = (-4, "end") if median > 0.5 else (4, "start")
+        parts.append(_line(_x(median), top + 4, _x(median), _y(0), "median"))
+        parts.append(_text(_x(median) + side, top + 12, f"median {median:.3f}", anchor, "note"))
+    return _svg(parts, says, top)
 
 
 def _dice_axis_below() -> str:
@@ -97,25 +105,23 @@ def _dice_axis_below() -> str:
     return "".join([*ticks, _text(_x(0.5), HEIGHT - 4, "Dice", css="title")])
 
 
-def _stacks(points: Sequence[Point], bins: Sequence[int], tallest: int) -> list[str]:
-    room = _y(0) - TOP - 12
-    width = (WIDTH - LEFT - RIGHT) / BINS
-    radius = min(width / 2, max(1.2, room / tallest / 2))
-    pitch = min(2 * radius + 0.4, room / tallest)
+def _stacks(points: Sequence[Point], places: Sequence[int], bins: int, pitch: float) -> list[str]:
+    width = (WIDTH - LEFT - RIGHT) / bins
+    radius = min(width / 2 - 0.3, max(1.2, pitch / 2))
     height: Counter[int] = Counter()
     marks = []
-    for point, place in sorted(zip(points, bins, strict=True), key=lambda pair: (pair[1], pair[0].state, pair[0].dice)):
+    for point, place in sorted(zip(points, places, strict=True), key=lambda pair: (pair[1], pair[0].state, pair[0].dice)):
         marks.append(_mark(point, LEFT + (place + 0.5) * width, _y(0) - radius - 0.6 - height[place] * pitch, radius))
         height[place] += 1
     return marks
 
 
-def _bars(bins: Sequence[int], tallest: int) -> list[str]:
-    width, room = (WIDTH - LEFT - RIGHT) / BINS, _y(0) - TOP - 12
-    bars = [_text(LEFT - 4, _y(0) - room + 4, f"{tallest}", "end")]
-    for place, count in sorted(Counter(bins).items()):
-        tall = room * count / tallest
-        title = f"<title>Dice {place / BINS:.2f} to {(place + 1) / BINS:.2f}: {count} scans</title>"
+def _bars(places: Sequence[int], bins: int, tallest: int) -> list[str]:
+    width = (WIDTH - LEFT - RIGHT) / bins
+    bars = [_text(LEFT - 4, _y(0) - ROOM + 4, f"{tallest:,}", "end")]
+    for place, count in sorted(Counter(places).items()):
+        tall = ROOM * count / tallest
+        title = f"<title>Dice {place / bins:.2f} to {(place + 1) / bins:.2f}: {count} scans</title>"
         left, top = _n(LEFT + place * width + 0.4), _n(_y(0) - tall)
         bars.append(f'<rect class="both" x="{left}" y="{top}" width="{_n(width - 0.8)}" height="{_n(tall)}">{title}</rect>')
     return bars

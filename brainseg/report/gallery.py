@@ -101,7 +101,7 @@ def _pictures(cohort: Cohort, rows: Sequence[int]) -> dict[int, Picture]:
         for scan_id, thumbnail in _thumbnails(cohort.runs[run].parts[part], list(scans)).items():
             row, own = scans[scan_id]
             with contextlib.suppress(ScanError):
-                found[row] = _draw(scan_id, thumbnail, written_in or own, entries[row], f"slice-{row}")
+                found[row] = _draw(scan_id, thumbnail, (own, written_in or own), entries[row], f"slice-{row}")
     return found
 
 
@@ -119,20 +119,21 @@ def _thumbnails(part: str, scan_ids: Sequence[str]) -> dict[str, dict[str, Any]]
     return dict(zip(table["scan_id"].to_pylist(), table["thumbnail"].to_pylist(), strict=True))
 
 
-def _draw(scan_id: str, thumbnail: Mapping[str, Any], meaning: str, regions: list[dict[str, Any]], picture: str) -> Picture:
-    """Panels: the slice, the slice under the label's border, the slice under both borders."""
+def _draw(
+    scan_id: str, thumbnail: Mapping[str, Any], maps: tuple[str, str], regions: list[dict[str, Any]], picture: str
+) -> Picture:
+    """Panels: the slice, the slice under the label's border, the slice under both. `maps`: label maps of label, prediction."""
     names = [entry["region"] for entry in regions]
-    prediction = _masks(thumbnail["prediction"], meaning, names)
+    prediction = _masks(thumbnail["prediction"], maps[1], names)
     shape = (prediction.shape[1], prediction.shape[2])
     answers = [figures.outline(mask) for mask in prediction]
     where = f"slice {thumbnail['slice_index']} of {scan_id}"
     panels = [(str(thumbnail["modality"]), figures.slice_picture(picture, shape, thumbnail["image"], where))]
     truths: list[str] = []
     if thumbnail["label"] is not None:
-        truths = [figures.outline(mask) for mask in _masks(thumbnail["label"], meaning, names)]
+        truths = [figures.outline(mask) for mask in _masks(thumbnail["label"], maps[0], names)]
         panels.append(("label", figures.panel(picture, shape, truths, (), f"label, {where}")))
-    caption = "prediction over label" if truths else "prediction"
-    panels.append((caption, figures.panel(picture, shape, truths, answers, f"{caption}, {where}")))
+    panels.append(("prediction", figures.panel(picture, shape, truths, answers, f"prediction, {where}")))
     return Picture(scan_id, thumbnail["slice_index"], thumbnail["modality"], regions, panels)
 
 

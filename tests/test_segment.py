@@ -1,0 +1,175 @@
+"""Bulk segmentation on a local Ray: every scan one row, whatever the plan, whatever was killed on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from brainseg import manifest, runs, segment, storage
+from brainseg.config import How, NetworkConfig, PrepareConfig, SegmentConfig, TrainConfig
+from brainseg.errors import FailureLimitError, PreflightError, RunError
+from brainseg.model import ModelCard, Split, save_model
+from brainseg.phantom import write_archive
+from brainseg.tables import METRICS, SCANS
+from brainseg.unet import UNet
+from brainseg.versions import versions
+
+SCANS_MADE, BROKEN = 14, 3
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def untrained_model(folder: Path, modalities: tuple[str, ...] = ("t1", "flair", "t1c"), seed: int = 0) -> str:
+    """A model folder with random weights: what it answers is nonsense, but always the same nonsense."""
+    torch.manual_seed(seed)
+    recipe = TrainConfig(
+        name="random", modalities=modalities, network=NetworkConfig(widths=(4, 8)), prepare=PrepareConfig(size=48)
+    )
+    network = UNet(recipe.network, len(modalities), 1)
+    torch.nn.init.zeros_(network.head.bias)
+    card = ModelCard(
+        name="random",
+        network=recipe.network,
+        prepare=recipe.prepare,
+        modalities=modalities,
+        regions=("tumor",),
+        label_map="binary",
+        dataset="none",
+        manifest_fingerprint="",
+        split=Split(),
+        selection_biased=False,
+        accept_leakage=False,
+        metrics={},
+        train=recipe,
+        versions=versions(),
+        created_at="2026-01-01T00:00:00+00:00",
+        weights_sha256="",
+    )
+    save_model(str(folder), card, network.state_dict())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("archive")
+    write_archive(place, "lgg", scans=SCANS_MADE, broken=BROKEN, shape=(6, 64, 64), seed=3)
+    return place
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return untrained_model(tmp_path_factory.mktemp("model") / "m")
+
+
+def rows_of(run: str) -> dict[str, dict[str, object]]:
+    """Every row of a run by scan_id; fails if a scan stands twice."""
+    rows = [row for part in runs.parts(run) for row in storage.read_table(part).to_pylist()]
+    assert len({r["scan_id"] for r in rows}) == len(rows)
+    return {str(r["scan_id"]): r for r in rows}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, archive: Path, model: str) -> str:
+    run = str(tmp_path_factory.mktemp("run") / "r")
+    segment.segment_archive(str(archive), model, run, SegmentConfig())
+    return run
+
+
+def test_every_scan_of_the_archive_is_one_row_ok_or_failed(finished: str) -> None:
+    rows = rows_of(finished)
+    assert len(rows) == SCANS_MADE
+    failed = [r for r in rows.values() if r["status"] == "failed"]
+    assert len(failed) == BROKEN
+    assert all(r["error_code"] and r["error_message"] and r["error_stage"] for r in failed)
+    assert all(r["mask"] and r["regions"] for r in rows.values() if r["status"] == "ok")
+
+
+def test_the_tables_follow_their_published_schemas(finished: str) -> None:
+    for part in runs.parts(finished):
+        assert storage.read_table(part).schema.equals(SCANS)
+    assert storage.read_table(storage.join(finished, "metrics.parquet")).schema.equals(METRICS)
+
+
+def test_a_finished_run_verifies_and_a_second_command_redoes_nothing(finished: str, archive: Path, model: str) -> None:
+    assert segment.verify_run(finished) == []
+    before = {s: r["finished_at"] for s, r in rows_of(finished).items()}
+    said: list[str] = []
+    segment.segment_archive(str(archive), model, finished, SegmentConfig(), ear=segment.Ear(said.append))
+    assert {s: r["finished_at"] for s, r in rows_of(finished).items()} == before
+    assert any(f"{SCANS_MADE} of {SCANS_MADE} scans are done" in line for line in said)
+
+
+def test_decoding_apart_or_in_the_actor_gives_the_same_masks_and_metrics(
+    finished: str, archive: Path, model: str, tmp_path: Path
+) -> None:
+    other = str(tmp_path / "apart")
+    segment.segment_archive(str(archive), model, other, SegmentConfig(), How(mode="apart", actors=1))
+    mine, theirs = rows_of(finished), rows_of(other)
+    assert mine.keys() == theirs.keys()
+    for scan_id, row in mine.items():
+        assert row["mask_sha256"] == theirs[scan_id]["mask_sha256"]
+        assert row["regions"] == theirs[scan_id]["regions"]
+        assert row["error_code"] == theirs[scan_id]["error_code"]
+
+
+def test_another_model_in_the_same_folder_is_refused_and_nothing_is_lost(finished: str, archive: Path, tmp_path: Path) -> None:
+    before = storage.read_bytes(storage.join(finished, "run.json"))
+    with pytest.raises(RunError, match="another model"):
+        segment.segment_archive(str(archive), untrained_model(tmp_path / "other", seed=1), finished, SegmentConfig())
+    assert storage.read_bytes(storage.join(finished, "run.json")) == before
+    assert segment.verify_run(finished) == []
+
+
+def test_a_model_that_wants_other_modalities_is_refused_before_anything_is_written(archive: Path, tmp_path: Path) -> None:
+    run = tmp_path / "never"
+    with pytest.raises(PreflightError, match="needs t2"):
+        segment.segment_archive(str(archive), untrained_model(tmp_path / "m", ("t2",)), str(run), SegmentConfig())
+    assert not run.exists()
+
+
+def test_the_failure_limit_stops_the_run_and_keeps_what_is_done(archive: Path, model: str, tmp_path: Path) -> None:
+    run = str(tmp_path / "limited")
+    with pytest.raises(FailureLimitError, match="the limit is 1"):
+        segment.segment_archive(str(archive), model, run, SegmentConfig(), How(max_failures="1"))
+    assert not storage.exists(storage.join(run, "_SUCCESS.json"))
+    counts = segment.segment_archive(str(archive), model, run, SegmentConfig(), How(max_failures="50%"))
+    assert counts["failed"] == BROKEN
+    assert segment.verify_run(run) == []
+
+
+def test_a_killed_driver_loses_nothing_and_the_next_one_redoes_nothing(model: str, tmp_path: Path) -> None:
+    place, run = tmp_path / "archive", str(tmp_path / "run")
+    write_archive(place, "lgg", scans=40, broken=2, shape=(12, 128, 128), seed=5)
+    words = [sys.executable, "-m", "brainseg.cli", "segment", str(place), "--model", model, "--out", run, "--actors", "1"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    driver = subprocess.Popen(
+        words, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 180
+    while not runs.parts(run):
+        assert driver.poll() is None, "the driver ended before its first part"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    done = {s: r["finished_at"] for s, r in rows_of(run).items()}
+    assert done
+    if len(done) == 40:
+        pytest.skip("this machine finished all parts before the kill")
+    again = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert again.returncode == 3, again.stderr
+    rows = rows_of(run)
+    assert len(rows) == 40
+    assert all(rows[s]["finished_at"] == when for s, when in done.items())
+    assert segment.verify_run(run) == []
+
+
+def test_a_manifest_and_its_archive_are_the_same_source(finished: str, archive: Path, model: str, tmp_path: Path) -> None:
+    table, _ = manifest.index_archive(str(archive))
+    manifest.write_manifest(str(tmp_path / "m.parquet"), table)
+    counts = segment.segment_archive(str(tmp_path / "m.parquet"), model, finished, SegmentConfig())
+    assert counts["found"] == SCANS_MADE

@@ -1,0 +1,88 @@
+"""Training on a local Ray: a model folder from a manifest, the same from one worker and from two."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from brainseg import manifest, storage
+from brainseg.config import AugmentConfig, LossConfig, NetworkConfig, OptimiserConfig, PrepareConfig, SegmentConfig, TrainConfig
+from brainseg.errors import PreflightError, UsageError
+from brainseg.model import load_card, load_model
+from brainseg.phantom import write_archive
+from brainseg.train import train_model
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+RECIPE = TrainConfig(
+    name="tiny",
+    network=NetworkConfig(widths=(8, 16), norm="group", context_slices=1),
+    prepare=PrepareConfig(size=32),
+    augment=AugmentConfig(rotate_degrees=10, flip=True, intensity=0.1, noise=0.1, blur=0.3, modality_dropout=0.2),
+    loss=LossConfig(kind="bce_dice", dice_over="batch"),
+    optimiser=OptimiserConfig(learning_rate=3e-3, warmup_steps=3),
+    epochs=20,
+    batch_size=6,
+    samples_per_epoch=6,
+    validate_every=20,
+    ema_decay=0.9,
+    validation_share=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def manifest_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("train")
+    write_archive(place / "archive", "lgg", scans=14, broken=0, shape=(6, 48, 48), seed=11)
+    table, _ = manifest.index_archive(str(place / "archive"))
+    manifest.write_manifest(str(place / "manifest.parquet"), table)
+    return str(place / "manifest.parquet")
+
+
+def losses(model: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (model / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(manifest_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "model"
+    train_model(manifest_uri, str(out), RECIPE, workers=1)
+    return out
+
+
+def test_training_leaves_a_model_folder_that_says_what_it_is(alone: Path) -> None:
+    card = load_card(str(alone))
+    assert card.modalities == ("t1", "flair", "t1c")
+    assert card.split.test
+    assert not set(card.split.train) & set(card.split.test)
+    assert not card.selection_biased
+    assert card.metrics["held_out"]["tumor"]["num_scans"] > 0
+    assert {"nothing", "nearest_training_mask"} == set(card.baselines)
+    assert (alone / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert load_model(str(alone), SegmentConfig()).fingerprint
+    assert not Path(f"{alone}.work").exists()
+
+
+def test_two_workers_take_the_same_twenty_steps_as_one(alone: Path, manifest_uri: str, tmp_path: Path) -> None:
+    train_model(manifest_uri, str(tmp_path / "pair"), RECIPE, workers=2)
+    assert losses(tmp_path / "pair") == pytest.approx(losses(alone), rel=2e-4)
+    assert len(losses(alone)) == 20
+
+
+def test_the_same_command_again_does_nothing_and_another_recipe_is_refused(alone: Path, manifest_uri: str) -> None:
+    before = (alone / "model.json").read_bytes()
+    train_model(manifest_uri, str(alone), RECIPE)
+    assert (alone / "model.json").read_bytes() == before
+    with pytest.raises(UsageError, match="another model"):
+        train_model(manifest_uri, str(alone), RECIPE.model_copy(update={"epochs": 3}))
+
+
+def test_a_manifest_without_labels_is_refused_before_anything_is_written(manifest_uri: str, tmp_path: Path) -> None:
+    table = storage.read_table(manifest_uri)
+    bare = table.set_column(
+        table.schema.get_field_index("has_label"), table.schema.field("has_label"), [[False] * table.num_rows]
+    )
+    manifest.write_manifest(str(tmp_path / "bare.parquet"), bare)
+    with pytest.raises(PreflightError, match="label"):
+        train_model(str(tmp_path / "bare.parquet"), str(tmp_path / "m"), RECIPE)
+    assert not (tmp_path / "m.work").exists()

@@ -1,0 +1,65 @@
+"""The network: built from its config, it answers in the shape it was asked in, and learns."""
+
+import pytest
+import torch
+from factory import tiny_config
+
+from brainseg.config import NetworkConfig
+from brainseg.unet import PRIOR_LOGIT, UNet, num_parameters
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", "group", "none"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_logits_have_a_channel_a_region_and_the_size_of_the_slices(norm, residual):
+    network = UNet(NetworkConfig(widths=(8, 8, 16), norm=norm, residual=residual, dropout=0.2), 2, 3)
+    assert network(torch.randn(2, 2, 16, 24)).shape == (2, 3, 16, 24)
+
+
+def test_context_slices_are_further_channels():
+    network = UNet(NetworkConfig(widths=(4, 4), context_slices=2), num_modalities=3, num_regions=1)
+    assert network.down[0].conv1.in_channels == 15
+    assert network(torch.zeros(1, 15, 8, 8)).shape == (1, 1, 8, 8)
+
+
+def test_the_stride_is_the_one_the_config_says_and_smaller_slices_do_not_fit():
+    config = NetworkConfig(widths=(4, 4, 4))
+    network = UNet(config, 1, 1)
+    assert network.stride == config.stride == 4
+    assert network(torch.zeros(1, 1, 8, 12)).shape == (1, 1, 8, 12)
+    with pytest.raises(RuntimeError):
+        network(torch.zeros(1, 1, 10, 10))
+
+
+def test_the_published_widths_make_the_published_number_of_parameters():
+    """16-32-64-128-256-512 with batch norm and transposed convolutions: 7.8 million, as in most public 2D U-Nets."""
+    assert num_parameters(UNet(NetworkConfig(widths=(16, 32, 64, 128, 256, 512)), 4, 3)) == pytest.approx(7.78e6, rel=0.01)
+
+
+def test_an_untrained_network_believes_that_tumour_is_rare():
+    torch.manual_seed(0)
+    network = UNet(tiny_config().network, 2, 1).eval()
+    with torch.no_grad():
+        answer = network(torch.zeros(1, 2, 16, 16))
+    assert answer.flatten().tolist() == pytest.approx([PRIOR_LOGIT] * 256, abs=1e-5)
+
+
+def test_every_weight_receives_a_gradient():
+    network = UNet(NetworkConfig(widths=(4, 8, 8), residual=True), 2, 2)
+    network(torch.randn(2, 2, 8, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+
+
+def test_dropout_is_in_the_lower_half_alone():
+    network = UNet(NetworkConfig(widths=(4, 4, 4, 4), dropout=0.5), 1, 1)
+    assert [isinstance(b.drop, torch.nn.Dropout2d) for b in network.down] == [False, False, True, True]
+    assert [isinstance(b.drop, torch.nn.Dropout2d) for b in network.up] == [False, False, True]
+
+
+def test_the_seed_alone_decides_the_weights():
+    config = NetworkConfig(widths=(4, 4))
+    made = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        made.append(torch.cat([p.flatten() for p in UNet(config, 1, 1).parameters()]))
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])

@@ -5,7 +5,7 @@ Heavy imports stand inside the commands, so that `brainseg --help` answers at on
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -151,7 +151,7 @@ def report(
 def export(
     run: Annotated[str, typer.Argument(help="A run folder.")],
     out: Annotated[str, typer.Option(help="Folder for the masks.")],
-    format_: Annotated[str, typer.Option("--format", help="nifti or png")] = "nifti",
+    format_: Annotated[Literal["nifti", "png"], typer.Option("--format", help="What each mask is written as.")] = "nifti",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:

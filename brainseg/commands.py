@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from brainseg import manifest as manifests
 from brainseg import storage
@@ -131,12 +131,10 @@ def report(runs: Sequence[str], out: str | None, voice: Voice) -> str:
     return place
 
 
-def export(run: str, out: str, format_: str, voice: Voice) -> int:
+def export(run: str, out: str, format_: Literal["nifti", "png"], voice: Voice) -> int:
     """Write the masks of a run as files."""
     from brainseg.export import export_run
 
-    if format_ not in ("nifti", "png"):
-        raise UsageError(f"--format {format_}: expected nifti or png")
     written = export_run(storage.absolute(run), storage.absolute(out), format=format_)
     voice.result({"out": out, "files": written}, f"{written} files -> {out}")
     return written

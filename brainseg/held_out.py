@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from brainseg.aggregate import aggregate
 from brainseg.baselines import NearestMask, predict_nothing
 from brainseg.errors import ScanError, StorageError
+from brainseg.geometry import from_canonical, to_canonical
+from brainseg.metrics import score_scan
 from brainseg.model import ModelCard
 from brainseg.prepare import select_modalities, uncrop
 from brainseg.regions import label_map
@@ -37,13 +39,15 @@ def _baseline_rows(train_rows: Sequence[Row], test_rows: Sequence[Row], card: Mo
     memory = NearestMask(card.regions)
     meaning = label_map(card.label_map)
     for scan, label in _labelled(train_rows[:MOST_TRAINING_SCANS], card):
-        memory.add(_whole_image(scan, card), meaning.masks(label, card.regions))
+        memory.add(_whole_image(scan, card), meaning.masks(to_canonical(label, scan.grid), card.regions))
     nothing: list[Row] = []
     nearest: list[Row] = []
     for scan, label in _labelled(test_rows, card):
         who = {"scan_id": scan.scan_id, "patient_id": scan.scan_id}
         nothing += [{**who, **e} for e in predict_nothing(label, meaning, card.regions, scan.grid)]
-        nearest += [{**who, **e} for e in memory.score(_whole_image(scan, card), label, meaning, scan.grid)]
+        copied = from_canonical(memory.predict(_whole_image(scan, card)), scan.grid)
+        painted = meaning.paint_label(copied, card.regions)
+        nearest += [{**who, **e} for e in score_scan(label, painted, meaning, card.regions, scan.grid)]
     return nothing, nearest
 
 
@@ -60,7 +64,7 @@ def _labelled(rows: Sequence[Row], card: ModelCard) -> Iterator[tuple[Scan, NDAr
 
 
 def _whole_image(scan: Scan, card: ModelCard) -> NDArray[Any]:
-    """The wanted modalities `(C, D, H, W)` on the whole native grid, as distance from background."""
+    """The wanted modalities `(C, D, H, W)` of the whole grid in canonical orientation, as distance from background."""
     crop, background = select_modalities(scan, card.modalities)
     lifted = crop.astype(np.float32) - np.array(background, np.float32)[:, None, None, None]
-    return uncrop(lifted, scan.grid, scan.box)
+    return to_canonical(uncrop(lifted, scan.grid, scan.box), scan.grid)

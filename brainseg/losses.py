@@ -5,6 +5,7 @@ workers' gradients, which is what DDP takes, is the gradient of the loss over th
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,26 @@ class Share:
         """Sum a tensor over the workers; differentiable: each worker receives the sum of all gradients."""
         if self.workers == 1:
             return x
-        from torch.distributed.nn.functional import all_reduce
-
-        summed: Tensor = all_reduce(x)  # type: ignore[no-untyped-call]
+        summed: Tensor = _SumOverWorkers.apply(x)  # type: ignore[no-untyped-call]
         return summed
+
+
+class _SumOverWorkers(torch.autograd.Function):
+    """A sum over the workers whose gradient is summed over them too."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return _summed(gradient)
+
+
+def _summed(x: Tensor) -> Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total)
+    return total
 
 
 def loss_of(config: LossConfig, logits: Tensor, target: Tensor, share: Share | None = None) -> Tensor:

@@ -249,20 +249,30 @@ def _surface(mask: Mask) -> Mask:
     return mask ^ inner
 
 
-def _directed(source: Mask, target: Mask, spacing: tuple[float, ...], tree_limit: int = TREE_LIMIT) -> NDArray[np.float64]:
+def _directed(source: Mask, target: Mask, spacing: tuple[float, ...]) -> NDArray[np.float64]:
     """Distances from every voxel of one surface to the nearest of the other, in no order.
 
     A voxel on both surfaces is at distance 0 and is not looked up, but keeps its place among the values.
     """
     own = source & ~target
     distances = np.zeros(np.count_nonzero(source), np.float64)
-    num_own, num_target = np.count_nonzero(own), np.count_nonzero(target)
-    if num_own + num_target > tree_limit or num_own + num_target > source.size // 10:
-        distances[:num_own] = distance_transform_edt(~target, sampling=spacing)[own]
-    elif num_own:
-        tree = KDTree(np.argwhere(target) * spacing, balanced_tree=False, compact_nodes=False)
-        distances[:num_own] = tree.query(np.argwhere(own) * spacing)[0]
+    num_own = np.count_nonzero(own)
+    if num_own:
+        crowded = num_own + np.count_nonzero(target) > min(TREE_LIMIT, source.size // 10)
+        distances[:num_own] = (_by_transform if crowded else _by_tree)(own, target, spacing)
     return distances
+
+
+def _by_tree(own: Mask, target: Mask, spacing: tuple[float, ...]) -> NDArray[np.float64]:
+    """Distance from each voxel of `own` to the nearest of `target`: the time goes by the number of voxels."""
+    tree = KDTree(np.argwhere(target) * spacing, balanced_tree=False, compact_nodes=False)
+    return np.atleast_1d(tree.query(np.argwhere(own) * spacing)[0])
+
+
+def _by_transform(own: Mask, target: Mask, spacing: tuple[float, ...]) -> NDArray[np.float64]:
+    """The same by a transform of the whole crop: the time goes by the crop's size alone."""
+    found: NDArray[np.float64] = distance_transform_edt(~target, sampling=spacing)[own]
+    return found
 
 
 # --- lesions and border ---------------------------------------------------------------------------------------------

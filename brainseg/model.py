@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,10 +56,12 @@ class Split(Config):
     def part_of(self, patient_id: str | None, scan_id: str) -> str | None:
         """`train`, `validation`, `test`, or None for somebody the training never met."""
         who = patient_id if self.unit == "patient" else scan_id
-        for part in ("test", "validation", "train"):
-            if who in getattr(self, part):
-                return part
-        return None
+        return None if who is None else self.whereabouts.get(who)
+
+    @cached_property
+    def whereabouts(self) -> dict[str, str]:
+        """Everybody the training met -> the part they stand in; test where somebody stands in several."""
+        return {who: part for part in ("train", "validation", "test") for who in getattr(self, part)}
 
 
 class ModelCard(Config):

@@ -265,11 +265,13 @@ def verify_run(run: str, expected: Mapping[str, str]) -> list[str]:
     seen: dict[str, int] = {}
     for uri in parts(run):
         try:
-            rows = storage.read_table(uri).select([*KEYS, "mask"]).to_pylist()
+            table = storage.read_table(uri, SCANS.names)
         except StorageError as error:
             problems.append(str(error))
             continue
-        for row in rows:
+        if not table.schema.equals(SCANS):
+            problems.append(f"{storage.name_of(uri)}: its columns are not those of a `{PARTS}` table")
+        for row in table.select([*KEYS, "mask"]).to_pylist():
             seen[row["scan_id"]] = seen.get(row["scan_id"], 0) + 1
             problems += _row_problems(row, body, expected, storage.name_of(uri))
     problems += [f"{s}: {n} rows, expected 1" for s, n in seen.items() if n > 1]

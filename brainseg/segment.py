@@ -10,6 +10,7 @@ anywhere can feed them. The stage functions are the same (`stages.py`), the rows
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -225,11 +226,11 @@ def pipeline(todo: pa.Table, job: Job, plan: Plan) -> Dataset:
     arguments: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     if plan.mode == "fused":
         return blocks.map_batches(WholeWay, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, **arguments)
-    decoded = blocks.map_batches(_decode_block, fn_args=(job,), num_cpus=0.5, **arguments)
+    decoded = blocks.map_batches(partial(_decode_block, job=job), num_cpus=0.5, **arguments)
     predicted = decoded.map_batches(
         Forward, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, **arguments
     )
-    return predicted.map_batches(_finish_block, fn_args=(job,), num_cpus=0.25, **arguments)
+    return predicted.map_batches(partial(_finish_block, job=job), num_cpus=0.25, **arguments)
 
 
 def _receipts(todo: pa.Table, job: Job, plan: Plan) -> Iterator[Mapping[str, Any]]:

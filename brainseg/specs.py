@@ -22,7 +22,9 @@ S = TypeVar("S", bound=Config)
 def _seen_by_all(place: str) -> str:
     if not (place.startswith("/") or storage.is_remote(place)):
         raise PydanticCustomError(
-            "place", "found '{found}', expected an absolute path or s3://..., because a job may run on another machine", {"found": place}
+            "place",
+            "found '{found}', expected an absolute path or s3://..., because a job may run on another machine",
+            {"found": place},
         )
     return place
 
@@ -37,7 +39,7 @@ class TrainSpec(Config):
     manifest: Annotated[Place, Field(description="what `brainseg index` wrote")]
     out: Annotated[Place, Field(description="the model folder to make")]
     preset: Annotated[str | None, Field(description="a recipe by name; null: the strong one for the manifest's layout")] = None
-    config: Annotated[str | None, Field(description="a recipe of your own (YAML), from the root of the submitted folder")] = None
+    config: Annotated[str | None, Field(description="a recipe of your own (YAML), from the root of the package")] = None
     set: Overrides = ()
     fold: Annotated[int | None, Field(ge=0, description="the fold kept back and reported on")] = None
     workers: Annotated[int | None, Field(ge=1, description="null: one per GPU, or one")] = None

@@ -58,7 +58,12 @@ MANIFEST = _schema(
 REGION = pa.struct(
     [
         _field("region", pa.string(), "name of the region", required=True),
-        _field("state", pa.string(), "`both`, `missed` (label only), `spurious` (prediction only), `both_empty`, `no_label`", required=True),
+        _field(
+            "state",
+            pa.string(),
+            "`both`, `missed` (label only), `spurious` (prediction only), `both_empty`, `no_label`",
+            required=True,
+        ),
         _field("tp", pa.int64(), "voxels in label and prediction; null without a label"),
         _field("fp", pa.int64(), "voxels in the prediction only"),
         _field("fn", pa.int64(), "voxels in the label only"),
@@ -73,9 +78,13 @@ REGION = pa.struct(
         _field("iou", pa.float64(), "tp/(tp+fp+fn); 0 when missed or spurious; null when both are empty"),
         _field("precision", pa.float64(), "tp/(tp+fp); null for 0/0"),
         _field("recall", pa.float64(), "tp/(tp+fn), also called sensitivity; null for 0/0"),
-        _field("specificity", pa.float64(), "tn/(tn+fp); null for 0/0"),
-        _field("accuracy", pa.float64(), "(tp+tn)/all voxels"),
-        _field("hd95_mm", pa.float64(), "95 % Hausdorff distance; +inf when missed or spurious; null when both empty or spacing unknown"),
+        _field("specificity", pa.float64(), "tn/(tn+fp); null for 0/0 and when both are empty"),
+        _field("accuracy", pa.float64(), "(tp+tn)/all voxels; null when both are empty"),
+        _field(
+            "hd95_mm",
+            pa.float64(),
+            "95 % Hausdorff distance; +inf when missed or spurious; null when both empty or spacing unknown",
+        ),
         _field("hd95_px", pa.float64(), "the same in pixels, only where spacing is unknown"),
         _field("nsd_1mm", pa.float64(), "surface Dice at 1 mm; 0 when one is empty; null when both are or spacing unknown"),
         _field("nsd_2mm", pa.float64(), "surface Dice at 2 mm"),
@@ -88,7 +97,9 @@ REGION = pa.struct(
         _field("largest_lesion_voxels", pa.int64(), "size of the prediction's largest component", required=True),
         _field("mean_probability", pa.float64(), "mean probability inside the predicted mask; null when it is empty"),
         _field("mean_entropy", pa.float64(), "mean binary entropy (bits) over the head: how undecided the network was"),
-        _field("touches_border", pa.bool_(), "whether the predicted mask reaches the image's border in the plane", required=True),
+        _field(
+            "touches_border", pa.bool_(), "whether the predicted mask reaches the image's border in the plane", required=True
+        ),
         _field("outside_head_fraction", pa.float64(), "share of the predicted mask outside the head; null when it is empty"),
     ]
 )
@@ -120,7 +131,9 @@ SCANS = _schema(
         _field("modalities", pa.list_(pa.string()), "modalities the network was given"),
         _field("modalities_missing", pa.list_(pa.string()), "modalities the model wants and the scan lacks"),
         _field("modalities_duplicated", pa.list_(pa.string()), "modalities equal to another one to the last bit"),
-        _field("mask", pa.large_binary(), "a complete .nii.gz (or .png for a single image) on the native grid, in label values"),
+        _field(
+            "mask", pa.large_binary(), "a complete .nii.gz (or .png for a single image) on the native grid, in label values"
+        ),
         _field("mask_encoding", pa.string(), "`nii.gz` or `png`"),
         _field("mask_sha256", pa.string(), "of the `mask` bytes"),
         _field("regions", pa.list_(REGION), "what was measured, one entry per region of the model"),
@@ -143,7 +156,9 @@ METRICS = _schema(
     "Scan x region, flat: derived from `scans` at the end of a run, for people with DuckDB, pandas or Spark.",
     [
         *[SCANS.field(n) for n in ("scan_id", "patient_id", "dataset", "fold", "attributes", "shape", "spacing_mm")],
-        _field("split", pa.string(), "where the model's recorded split puts the patient: train, validation, test; null if nowhere"),
+        _field(
+            "split", pa.string(), "where the model's recorded split puts the patient: train, validation, test; null if nowhere"
+        ),
         *[REGION.field(i) for i in range(REGION.num_fields)],
     ],
 )
@@ -155,7 +170,12 @@ def published(name: str) -> str:
     """The contract of one table as JSON text, as it stands in `schemas/<name>.json`."""
     schema = TABLES[name]
     meta = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
-    body = {"table": name, "version": SCHEMA_VERSION, "description": meta["description"], "columns": [_describe(f) for f in schema]}
+    body = {
+        "table": name,
+        "version": SCHEMA_VERSION,
+        "description": meta["description"],
+        "columns": [_describe(f) for f in schema],
+    }
     return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from brainseg.course import worker_loop
 from brainseg.curves import draw_curves
 from brainseg.errors import BrainsegError, PreflightError, ScanError, StorageError, UsageError
 from brainseg.model import CARD, ModelCard, Split, load_card, save_model
+from brainseg.prepare import select_modalities
 from brainseg.regions import label_map
 from brainseg.scans import Scan, load_scan
 from brainseg.session import Cluster, connect, require
@@ -151,7 +153,9 @@ def _decode_once(work: str, table: pa.Table, wanted: set[str], config: TrainConf
     receipts = (
         ray.data.from_arrow(chosen)
         .repartition(target_num_rows_per_block=SCANS_PER_SHARD)
-        .map_batches(_decode_batch, fn_args=(body, shards), batch_size=None, batch_format="pyarrow", num_cpus=1)
+        .map_batches(
+            partial(_decode_batch, config_body=body, shards=shards), batch_size=None, batch_format="pyarrow", num_cpus=1
+        )
         .take_all()
     )
     for receipt in receipts:
@@ -173,7 +177,7 @@ def _decode_batch(batch: pa.Table, config_body: dict[str, Any], shards: str) -> 
         try:
             scan = load_scan(row)
             cache.region_bits(scan, config.regions, label_map(row["label_map"]))
-            cache.select_modalities(scan, config.modalities)
+            select_modalities(scan, config.modalities)
         except (ScanError, StorageError) as error:
             receipts.append({"entry": "", "problem": f"{row['scan_id']}: {error}"})
         else:

@@ -30,7 +30,9 @@ def affine(order="LPS", spacing=(1.0, 1.0, 1.0)):
     return matrix
 
 
-def make_scan(shape=(6, 40, 36), modalities=("flair", "t1c"), order="LPS", spacing=(1.0, 1.0, 1.0), seed=0, name="scan", **changes):
+def make_scan(
+    shape=(6, 40, 36), modalities=("flair", "t1c"), order="LPS", spacing=(1.0, 1.0, 1.0), seed=0, name="scan", **changes
+):
     """A head with a bright round tumour, cropped to the head as `load_scan` delivers it.
 
     `shape` is (slices, rows, columns) of the *canonical* volume; it is stored in the orientation `order`, or without
@@ -96,7 +98,10 @@ def write_scan(folder: Path, scan: Scan, **changes):
     whole = np.zeros((len(scan.modalities), *scan.grid.shape), scan.image.dtype)
     whole[:, *(slice(a, b) for a, b in scan.box)] = scan.image
     sources = []
-    for volume, modality, role in [*zip(whole, scan.modalities, ["image"] * len(whole), strict=True), (scan.label, None, "label")]:
+    for volume, modality, role in [
+        *zip(whole, scan.modalities, ["image"] * len(whole), strict=True),
+        (scan.label, None, "label"),
+    ]:
         path = folder / f"{scan.scan_id}-{modality or 'label'}.nii.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(write_nifti(volume, scan.grid))

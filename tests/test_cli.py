@@ -6,19 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import factory
 import pytest
 
 from brainseg import runs
 from brainseg.cli import main
-from brainseg.config import NetworkConfig, PrepareConfig, SegmentConfig, TrainConfig
+from brainseg.config import SegmentConfig
 from brainseg.errors import ExitCode
 from brainseg.manifest import fingerprint, index_archive, write_manifest
-from brainseg.model import ModelCard, Split, fingerprint_of, load_card, save_model
+from brainseg.model import fingerprint_of, load_card
 from brainseg.phantom import write_archive
-from brainseg.unet import UNet
 
 ROOT = Path(__file__).parents[1]
-SMALL = NetworkConfig(widths=(4, 8))
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +36,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def make_model(out, *, modalities=("t1", "flair", "t1c"), name="small"):
-    """A model folder with untrained weights."""
-    train = TrainConfig(name=name, modalities=modalities, network=SMALL, prepare=PrepareConfig(size=32))
-    card = ModelCard(
-        name=name,
-        network=train.network,
-        prepare=train.prepare,
-        modalities=modalities,
-        regions=train.regions,
-        label_map="binary",
-        dataset="lgg",
-        manifest_fingerprint="",
-        split=Split(),
-        selection_biased=False,
-        accept_leakage=False,
-        metrics={},
-        train=train,
-        versions={},
-        created_at="2026-01-01T00:00:00+00:00",
-        weights_sha256="",
-    )
-    save_model(str(out), card, UNet(card.network, len(modalities), 1).state_dict())
+def make_model(out, *, modalities=("t1", "flair", "t1c"), name="small", seed=0):
+    """A model folder with untrained weights; returns its place."""
+    factory.make_model(out, factory.make_card(factory.tiny_config(name=name, modalities=modalities)), seed=seed)
     return str(out)
 
 
@@ -69,7 +49,7 @@ def contents(folder):
 
 @pytest.fixture
 def refused(place, monkeypatch, capsys):
-    """Call the command line in `place`; assert it ends with 2, one line on stderr, and every file as it was; return the line."""
+    """Call the command line in `place`; assert that it ends with 2 and every file is as it was; return its one line."""
 
     def call(*words):
         before, ray_before = contents(place), ray_runs()
@@ -125,7 +105,9 @@ def test_an_unknown_layout_lists_the_known_ones(refused, heads):
     assert "unknown layout 'dicom'; known: lgg, figshare, brats, h5slices" in line
 
 
-@pytest.mark.parametrize("words", [("train", "no.parquet", "--out", "m"), ("segment", "no.parquet", "--model", "m", "--out", "r")])
+@pytest.mark.parametrize(
+    "words", [("train", "no.parquet", "--out", "m"), ("segment", "no.parquet", "--model", "m", "--out", "r")]
+)
 def test_a_manifest_that_is_not_there(refused, words):
     assert "no.parquet" in refused(*words)
 
@@ -198,7 +180,9 @@ def test_a_misspelt_override_lists_the_valid_ones(refused, place, heads):
     line = refused("train", heads / "manifest.parquet", "--set", "epocs=3", "--out", "model")
     assert "unknown key 'epocs'" in line
     assert "epochs" in line
-    line = refused("segment", heads / "manifest.parquet", "--model", make_model(place / "m"), "--out", "r", "--set", "treshold=0.4")
+    line = refused(
+        "segment", heads / "manifest.parquet", "--model", make_model(place / "m"), "--out", "r", "--set", "treshold=0.4"
+    )
     assert "unknown key 'treshold'; valid here: threshold" in line
 
 
@@ -243,7 +227,7 @@ def test_a_failure_limit_that_is_no_number(refused, place, heads, limit):
 
 def test_an_out_that_holds_a_run_of_another_model(refused, place, heads):
     manifest, table = str(heads / "manifest.parquet"), index_archive(str(heads / "archive"))[0]
-    first, second = make_model(place / "first"), make_model(place / "second", name="other")
+    first, second = make_model(place / "first"), make_model(place / "second", seed=1)
     identity = runs.Identity(fingerprint(table), fingerprint_of(load_card(first)), SegmentConfig().fingerprint())
     runs.open_run(str(place / "run"), identity, {})
     assert "holds a run with another model" in refused("segment", manifest, "--model", second, "--out", "run")

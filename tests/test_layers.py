@@ -20,7 +20,7 @@ LAYERS = """
     layouts readers scans prepare thumbnails augment cache
     model
     manifest runs baselines split scoring learn curves
-    stages session held_out
+    stages session held_out course
     train segment report export phantom
     console
     commands
@@ -83,7 +83,7 @@ def test_only_storage_talks_to_s3():
 
 def test_ray_stays_at_the_rim():
     talkers = {unit_of(p) for p in SOURCES if any(n.split(".")[0] == "ray" for n in imported(p))}
-    assert talkers == {"session", "train", "segment"}
+    assert talkers == {"session", "course", "train", "segment"}
 
 
 def test_the_command_line_comes_up_without_heavy_packages():
@@ -96,7 +96,8 @@ def test_importing_everything_starts_and_writes_nothing(tmp_path):
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in SOURCES]
     code = f"import sys, importlib\nsys.path.insert(0, {str(ROOT)!r})\n"
     code += f"for name in {modules!r}: importlib.import_module(name)\n"
-    code += "import ray, torch, logging\nprint(ray.is_initialized(), torch.cuda.is_initialized(), logging.getLogger('brainseg').handlers)"
+    code += "import ray, torch, logging\n"
+    code += "print(ray.is_initialized(), torch.cuda.is_initialized(), logging.getLogger('brainseg').handlers)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.split("\n")[0] == "False False []"
     assert not list(tmp_path.iterdir())

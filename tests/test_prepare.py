@@ -28,6 +28,7 @@ from brainseg.prepare import (
 
 BOTH = ("flair", "t1c")
 orders = st.sampled_from(["LPS", "RAS", "ASR", "SPL", "LIP"])
+mild = st.sampled_from([(1.0, 1.0, 1.0), (0.8, 1.0, 1.2), (1.2, 1.0, 0.9)])
 in_plane = st.sampled_from([(1.0, 1.0, 1.0), (0.5, 1.0, 3.0), (1.2, 0.8, 1.0)])
 shapes = st.tuples(st.integers(3, 6), st.integers(24, 44), st.integers(24, 44))
 
@@ -47,8 +48,9 @@ def label_crop(scan):
 
 class TestThereAndBack:
     @FEW
-    @given(shape=shapes, order=orders, spacing=in_plane, frame=st.sampled_from(["full", "head"]), size=st.sampled_from([48, 64]))
+    @given(shape=shapes, order=orders, spacing=mild, frame=st.sampled_from(["full", "head"]), size=st.sampled_from([64, 80]))
     def test_a_mask_comes_back_to_where_it_was(self, shape, order, spacing, frame, size):
+        """On a model grid about as fine as the scan's own."""
         scan = make_scan(shape, order=order, spacing=spacing)
         plan = plan_scan(scan, BOTH, PrepareConfig(size=size, frame=frame), 0)
         there = label_crop(scan)
@@ -61,7 +63,18 @@ class TestThereAndBack:
     def test_nothing_is_lost_where_model_grid_and_frame_are_equally_fine(self, seed, top, left):
         """Any frame that holds the crop: the way there and back is the identity, to the last bit."""
         masks = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(seed))
-        plan = Plan((0.0,), (1.0,), (0.0,), top=min(top, 0), left=min(left, 0), height=16, width=16, size=16, context=0, per_slice_max=False)
+        plan = Plan(
+            (0.0,),
+            (1.0,),
+            (0.0,),
+            top=min(top, 0),
+            left=min(left, 0),
+            height=16,
+            width=16,
+            size=16,
+            context=0,
+            per_slice_max=False,
+        )
         assert torch.equal(native_probabilities(model_masks(masks, plan), plan, 12, 12), masks)
 
     def test_a_full_frame_of_square_pixels_at_its_own_size_is_the_identity(self):
@@ -76,13 +89,13 @@ class TestThereAndBack:
         scan = make_scan(shape, order=order, spacing=spacing)
         plan = plan_scan(scan, BOTH, PrepareConfig(size=16), 0)
         h, w = label_crop(scan).shape[2:]
-        assert native_probabilities(torch.ones(1, 1, 16, 16), plan, h, w).numpy() == pytest.approx(1)
+        assert torch.allclose(native_probabilities(torch.ones(1, 1, 16, 16), plan, h, w), torch.ones(1, 1, h, w))
 
     def test_voxels_outside_the_frame_get_nothing(self):
         plan = Plan((0.0,), (1.0,), (0.0,), top=2, left=3, height=4, width=4, size=16, context=0, per_slice_max=False)
         back = native_probabilities(torch.ones(1, 1, 16, 16), plan, 10, 12)[0, 0]
         assert back.shape == (10, 12)
-        assert back[2:6, 3:7] == pytest.approx(1)
+        assert torch.allclose(back[2:6, 3:7], torch.ones(4, 4))
         assert back.sum() == pytest.approx(16)
 
     @FEW
@@ -114,7 +127,7 @@ class TestWhatTheNetworkSees:
         image = (scan.image * gain + offset).astype(np.float32)
         shifted = replace(scan, image=image, background=(float(np.float32(offset)),) * 2)
         config = PrepareConfig(size=32, frame=frame)
-        assert seen(shifted, config)[1].numpy() == pytest.approx(seen(scan, config)[1].numpy(), abs=5e-3)
+        assert torch.allclose(seen(shifted, config)[1], seen(scan, config)[1], atol=5e-3)
 
     def test_z_scores_have_mean_0_and_deviation_1_inside_the_head(self):
         scan = make_scan((4, 32, 32))
@@ -140,7 +153,7 @@ class TestWhatTheNetworkSees:
         plan, x = seen(scan, PrepareConfig(size=40, normalise=normalise))
         for channel in range(2):
             empty = (plan.background[channel] - plan.shift[channel]) / plan.scale[channel]
-            assert x[:, channel, :, :4].numpy() == pytest.approx(max(empty, CLIP[0]), abs=1e-5)
+            assert torch.allclose(x[:, channel, :, :4], torch.tensor(max(empty, CLIP[0])), atol=1e-5)
 
     def test_a_hot_voxel_is_clipped(self):
         scan = make_scan()

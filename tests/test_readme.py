@@ -9,13 +9,22 @@ import os
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from brainseg import runs, storage
 from brainseg.errors import Code, ExitCode
+from brainseg.geometry import Grid
 from brainseg.manifest import LAYOUTS
+from brainseg.metrics import score_scan
+from brainseg.model import Split
 from brainseg.presets import PRESETS
+from brainseg.regions import label_map
+from brainseg.report import summary
+from brainseg.tables import SCANS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -97,9 +106,11 @@ def test_the_table_of_presets_is_the_code():
     def row(p):
         learning = f"{p.optimiser.kind} {p.optimiser.learning_rate:.0e}".replace("e-0", "e-")
         modalities, regions = ", ".join(p.modalities) or "any", ", ".join(p.regions)
-        return [f"`{p.name}`", str(p.prepare.size), modalities, regions, p.loss.kind, learning, str(p.batch_size), str(p.epochs)]
+        cells = [f"`{p.name}`", p.prepare.size, modalities, regions, p.loss.kind, learning, p.batch_size, p.epochs]
+        return " | ".join(str(cell) for cell in cells)
 
-    assert [cells[:8] for cells in rows("Presets")[2:]] == [row(p) for p in PRESETS.values()]
+    printed = "\n".join(" | ".join(cells[:8]) for cells in rows("Presets")[2:])
+    assert printed == "\n".join(row(p) for p in PRESETS.values())
 
 
 def test_the_table_of_layouts_is_the_code():
@@ -199,16 +210,63 @@ def test_the_own_run_has_a_mask_for_every_segmented_scan(walk):
 
 @pytest.mark.parametrize("run", ["demo/run", "run"])
 def test_the_query_gives_the_figures_of_the_report(walk, run):
+    assert queried(walk / run) == pytest.approx(reported(walk / run))
+
+
+def test_the_query_gives_the_figures_of_the_report_on_any_run(tmp_path):
+    write_random_run(tmp_path, scans=60, seed=5)
+    found = queried(tmp_path)
+    assert found == pytest.approx(reported(tmp_path))
+    assert {key[0] for key in found} == {"train", "validation", "test", "outside"}
+    for column in ("missed", "spurious", "both_empty", "hd95_px_infinite"):
+        assert any(value > 0 for key, value in found.items() if key[2] == column)
+
+
+def write_random_run(folder, *, scans, seed):
+    """A run of labelled and unlabelled scans without spacing, some without tumour, some without answer, some failed."""
+    rng = np.random.default_rng(seed)
+    rows = [random_row(number, rng) for number in range(scans)]
+    names = [f"p{number:03d}" for number in range(scans // 2)]
+    split = Split(train=names[:4], validation=names[4:7], test=names[7:20])
+    body = {"model": {"split": split.model_dump(mode="json")}, "counts": {"found": scans}}
+    storage.write_json(str(folder / "run.json"), body)
+    for start in range(0, scans, 16):
+        runs.write_part(str(folder), rows[start : start + 16])
+    runs.write_metrics(str(folder), split)
+
+
+def random_row(number, rng):
+    row = dict.fromkeys(SCANS.names) | {"scan_id": f"s{number:03d}", "patient_id": f"p{number // 2:03d}", "dataset": "made"}
+    row |= {"label_map": "binary", "sources": [], "warnings": [], "attempt": 1, "run_id": "r", "content_tag": "t"}
+    row |= {"model_fingerprint": "m", "config_fingerprint": "c", "finished_at": datetime.now(UTC), "status": "failed"}
+    if number % 10 == 0:
+        return row
+    label = (rng.random((2, 12, 12)) < rng.choice([0, 0.3, 0.6])).astype(np.uint8)
+    answer = (rng.random((2, 12, 12)) < rng.choice([0, 0.4])).astype(np.uint8)
+    given = None if number % 11 == 0 else label
+    scored = score_scan(given, answer, label_map("binary"), ("tumor",), Grid.of(label.shape))
+    return row | {"status": "ok", "regions": scored}
+
+
+def queried(run):
+    """(split, region, column) -> value, as the printed query finds it in the run's metrics."""
     import duckdb
 
-    from brainseg.report import summary
+    table = duckdb.sql(QUERY.replace("run/metrics.parquet", str(run / "metrics.parquet")))
+    found = [dict(zip(table.columns, row, strict=True)) for row in table.fetchall()]
+    figures = [(row.pop("split"), row.pop("region"), row) for row in found]
+    return {(split, region, name): value for split, region, row in figures for name, value in row.items()}
 
-    table = duckdb.sql(QUERY.replace("run/metrics.parquet", str(walk / run / "metrics.parquet"))).arrow()
-    queried = {(row["split"], row["region"]): row for row in table.read_all().to_pylist()}
-    reported = {(g["split"], r["region"]): r for g in summary([str(walk / run)])["groups"] for r in g["regions"]}
-    assert queried.keys() == reported.keys()
-    for key, row in queried.items():
-        assert row == pytest.approx({"split": key[0], "region": key[1], **in_the_querys_words(reported[key])}, nan_ok=True)
+
+def reported(run):
+    """The same from the report's own summary."""
+    groups = summary([str(run)])["groups"]
+    return {
+        (group["split"], figures["region"], name): value
+        for group in groups
+        for figures in group["regions"]
+        for name, value in in_the_querys_words(figures).items()
+    }
 
 
 def in_the_querys_words(figures):

@@ -40,7 +40,9 @@ def test_a_painted_label_is_nested_and_keeps_the_narrow_regions_whatever_was_pai
 
 
 @FEW
-@given(mask=hnp.arrays(np.bool_, (1, *SHAPE)), region=st.sampled_from(["tumor", "WT"]), name=st.sampled_from(sorted(LABEL_MAPS)))
+@given(
+    mask=hnp.arrays(np.bool_, (1, *SHAPE)), region=st.sampled_from(["tumor", "WT"]), name=st.sampled_from(sorted(LABEL_MAPS))
+)
 def test_a_single_region_survives_painting_in_every_map(mask, region, name):
     meaning = label_map(name)
     assert np.array_equal(meaning.masks(meaning.paint_label(mask, [region]), [region]), mask)

@@ -5,6 +5,7 @@ import json
 import re
 from datetime import UTC, datetime
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -158,12 +159,12 @@ def write_run(folder, rows, *, split=None, rows_a_part=8, model=None, **info):
     }
     card |= {"fingerprint": "f" * 64, "split": split or all_test(rows), "selection_biased": False, "accept_leakage": False}
     card |= {"metrics": {"held_out": {"WT": {"dice_mean": 0.7, "num_scans": 9}}}, **(model or {})}
-    body = {"run_id": "run-1", "brainseg_version": "0.1", "created_at": "2026-03-01T10:00:00+00:00", "archive": "/gone"}
+    body = {"run_id": "run-1", "brainseg_version": "0.1", "created_at": "2026-03-01T10:00:00+00:00", "source": "/gone"}
     body |= {
         "finished_at": "2026-03-01T12:00:00+00:00",
         "model": card,
         "counts": {"found": len(rows)},
-        "timings": {"wall_s": 7200.0},
+        "timings": {"total_s": 7200.0},
     }
     storage.write_json(str(folder / "run.json"), body | info)
     for start in range(0, len(rows), rows_a_part):
@@ -235,11 +236,7 @@ def test_the_figures_are_those_of_the_parquet(rows, tmp_path):
     distances = [e["hd95_mm"] for e in flat if e["hd95_mm"] is not None]
     assert figure["hd95_mm"]["num_infinite"] == np.isinf(distances).sum() == 2
     assert figure["hd95_mm"]["mean_finite"] == pytest.approx(np.mean([d for d in distances if np.isfinite(d)]))
-    assert {s: figure["states"][s] for s in ("missed", "spurious", "both_empty")} == {
-        "missed": 1,
-        "spurious": 1,
-        "both_empty": 1,
-    }
+    assert figure["states"] == {"both": 16, "missed": 1, "spurious": 1, "both_empty": 1, "no_label": 0}
     assert figure["dice_mean_failed_as_zero"] == pytest.approx(sum(dice) / (len(dice) + 2))
 
 
@@ -267,6 +264,18 @@ def test_every_figure_of_the_summary_stands_on_the_page_and_no_other(rows, tmp_p
                 figure["dice_mean_failed_as_zero"],
             ]
             assert {str(value) for value in wanted if value is not None} <= set(page.values)
+
+
+def test_the_largest_figures_of_the_page_are_the_mean_dice_of_the_headline_split(rows, tmp_path):
+    run = write_run(tmp_path / "run", rows, split=by_three(rows))
+    made, html = make_page(run, tmp_path)
+    lead = report.summary([run])["groups"][0]
+    assert lead["split"] == made.headline
+    big = re.findall(r'<div class="big"><data value="([^"]+)">([^<]+)<', html)
+    assert (
+        [float(value) for value, _ in big] == [figure["dice"]["mean"] for figure in lead["regions"]] == list(made.dice.values())
+    )
+    assert all(words == f"{float(value):.3f}" for value, words in big)
 
 
 def test_the_denominators_add_up(rows, tmp_path):
@@ -461,6 +470,16 @@ def test_the_gallery_goes_from_the_worst_over_the_median_to_the_best_and_shows_n
     assert "missed" in {ids[row] for row in shelves[0][1]}
 
 
+def test_of_two_missed_tumours_the_larger_is_shown_first(tmp_path):
+    nothing, rows = np.zeros(SHAPE, np.uint8), []
+    for name, radius in (("small", 4), ("large", 9), ("middle", 6), ("fine", 5), ("good", 5), ("best", 5)):
+        answer = tumour((2, 18, 16), radius) if radius == 5 else nothing
+        rows.append(scan_row(name, patient=name, label=tumour((2, 18, 16), radius), prediction=answer))
+    cohort = load([write_run(tmp_path / "run", rows)])
+    worst = choose(cohort, "test")[0][1]
+    assert [rows[row]["scan_id"] for row in worst] == ["large", "middle"]
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7])
 def test_a_small_cohort_is_shown_whole_or_by_thirds(number, tmp_path):
     rows = typical_rows()[:number]
@@ -480,15 +499,39 @@ def test_masks_and_pictures_are_not_read_for_the_numbers(rows, tmp_path):
     assert not {"mask", "thumbnail"} & set(cohort.scans.column_names)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1))
-def test_an_outline_is_as_long_as_the_border_between_inside_and_outside(height, width, seed):
+def corners(path):
+    """The closed loops of an outline as lists of (x, y)."""
+    loops = []
+    for body in re.findall(r"M([^z]*)z", path):
+        x, y = map(int, re.match(r"(\d+) (\d+)", body).groups())
+        loop = [(x, y)]
+        for letter, value in re.findall(r"([HV])(\d+)", body):
+            x, y = (int(value), y) if letter == "H" else (x, int(value))
+            loop.append((x, y))
+        loops.append(loop)
+    return loops
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 10), st.integers(1, 10), st.integers(0, 2**32 - 1))
+def test_filling_an_outline_gives_the_mask_back(height, width, seed):
     mask = np.random.default_rng(seed).random((height, width)) < 0.5
-    padded = np.pad(mask, 1)
-    border = sum(int((np.diff(padded.astype(int), axis=axis) != 0).sum()) for axis in (0, 1))
-    across = sum(int(stop) - int(start) for start, stop in re.findall(r"M(\d+) \d+H(\d+)", figures.outline(mask)))
-    down = sum(int(stop) - int(start) for start, stop in re.findall(r"M\d+ (\d+)V(\d+)", figures.outline(mask)))
-    assert across + down == border
+    filled = np.zeros((height, width), bool)
+    for loop in corners(figures.outline(mask)):
+        assert loop[0] == loop[-1]
+        for (x0, y0), (x1, y1) in pairwise(loop):
+            assert (x0 == x1) != (y0 == y1)
+            if x0 == x1:
+                filled[min(y0, y1) : max(y0, y1), x0:] ^= True
+    assert (filled == mask).all()
+
+
+@given(st.floats(1e-3, 1e7), st.floats(1, 1e5))
+def test_ticks_enclose_their_range_and_are_few(low, factor):
+    ticks = figures.log_ticks(low, low * factor)
+    assert ticks == sorted(set(ticks))
+    assert 2 <= len(ticks) <= figures.MOST_TICKS
+    assert ticks[0] <= low <= low * factor <= ticks[-1]
 
 
 @pytest.mark.parametrize("number", [0, 1, 50, figures.MAX_DOTS, figures.MAX_DOTS + 1])
@@ -500,7 +543,9 @@ def test_charts_draw_every_scan_or_say_how_many(number):
         assert chart.count("<circle") == number
     else:
         assert sum(int(n) for n in re.findall(r": (\d+) scans<", chart)) == number
-    assert figures.dice_against_volume(points, "mL", "all").count("<circle") == min(number, figures.MAX_DOTS)
+    scatter = figures.dice_against_volume(points, "mL", "all")
+    assert scatter.count("<circle") == min(number, figures.MAX_DOTS)
+    assert (f"{figures.MAX_DOTS:,} of {number:,} scans" in scatter) == (number > figures.MAX_DOTS)
 
 
 def test_the_template_is_part_of_the_package():

@@ -1,6 +1,7 @@
-"""One of two workers that train together, as a process of its own: `python two_workers.py RANK SHARD_INDEX FOLDER`.
+"""One of two workers that train together, as a process of its own: `python two_workers.py RANK JOB FOLDER`.
 
-Writes FOLDER/RANK.safetensors: the state after an epoch, and the loss and gradient of one uneven batch.
+JOB holds named configs and the entries of a shard. Writes FOLDER/RANK.safetensors: for each config the state after an
+epoch, and for each loss the value and gradient of an uneven batch.
 """
 
 import json
@@ -29,17 +30,17 @@ def uneven_batch():
     return logits, masks
 
 
-def main(rank: int, job: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    body = json.loads(job.read_text())
-    config = TrainConfig.model_validate(body["config"])
-    samples = SampleSet([Entry.from_json(e) for e in body["entries"]], len(config.regions))
-    learner = make_learner(config, len(samples), torch.device("cpu"), Worker(rank, 2))
+def trained(config, entries, worker):
+    """State and loss after an epoch."""
+    samples = SampleSet(entries, len(config.regions))
+    learner = make_learner(config, len(samples), torch.device("cpu"), worker)
     loss = train_epoch(learner, samples, 0)
-    out = {**state_tensors(learner, {}), "loss": torch.tensor(loss)}
+    return {**state_tensors(learner, {}), "loss": torch.tensor(loss)}
+
+
+def losses_of_my_share(rank):
+    """Value and gradient of every loss on this worker's part of the uneven batch."""
+    out = {}
     logits, masks = (x[SHARES[rank]] for x in uneven_batch())
     for kind in ("dice", "bce", "bce_dice"):
         for over in ("batch", "sample"):
@@ -47,9 +48,25 @@ def main(rank: int, job: Path, folder: Path) -> None:
             value = loss_of(LossConfig(kind=kind, dice_over=over), mine, masks, Share(4, 2))
             value.backward()
             out |= {f"{kind} {over} value": value.detach(), f"{kind} {over} gradient": mine.grad}
-    save_file(out, folder / f"{rank}.safetensors")
-    torch.distributed.destroy_process_group()
+    return out
+
+
+def work(rank, job, folder):
+    """Meet the other worker, train with it, and write down what came of it."""
+    torch.set_num_threads(1)
+    where = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        body = json.loads(job.read_text())
+        entries = [Entry.from_json(e) for e in body["entries"]]
+        out = losses_of_my_share(rank)
+        for name, config in body["configs"].items():
+            state = trained(TrainConfig.model_validate(config), entries, Worker(rank, 2))
+            out |= {f"{name}: {key}": value for key, value in state.items()}
+        save_file(out, folder / f"{rank}.safetensors")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    work(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

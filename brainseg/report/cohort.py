@@ -106,9 +106,7 @@ def _run(run: Run) -> dict[str, Any]:
         "finished": info.get("finished_at"),
         "attempt": info.get("attempt"),
         "hosts": info.get("hosts"),
-        "seconds": {
-            name.removesuffix("_s"): value for name, value in (info.get("timings") or {}).items() if name.endswith("_s")
-        },
+        "seconds": _seconds(info.get("timings") or {}),
         "versions": info.get("versions") or {},
         "config": info.get("config") or {},
         "model": {
@@ -120,6 +118,11 @@ def _run(run: Run) -> dict[str, Any]:
             "unit": split.get("unit") or "patient",
         },
     }
+
+
+def _seconds(timings: Mapping[str, Any]) -> dict[str, float]:
+    """The entries of `run.json`'s timings that are in seconds, without the unit in their names."""
+    return {name.removesuffix("_s"): float(value) for name, value in timings.items() if name.endswith("_s")}
 
 
 def _alerts(cohort: Cohort, counts: Mapping[str, int]) -> list[str]:

@@ -9,23 +9,26 @@ same again for those who cannot tell the colours apart: dot = both, triangle = m
 
 import base64
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 340, 210
-LEFT, RIGHT, TOP, BOTTOM = 34, 10, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 34, 14, 12, 36
 ROOM, LOWEST = 144, 90
 """Height of the tallest stack of a distribution, and the least height that the chart keeps."""
 
 MAX_DOTS = 2000
 """More points than this become bars or a seeded sample: a browser is slow with 10,000 elements."""
 
+MOST_TICKS = 8
 FINE_BINS, COARSE_BINS, FEW = 50, 25, 150
 """Bins of the Dice axis, and the number of scans up to which the coarse ones do."""
 
@@ -129,10 +132,13 @@ def _bars(places: Sequence[int], bins: int, tallest: int) -> list[str]:
 
 def dice_against_volume(points: Sequence[Point], unit: str, says: str) -> Markup:
     """Dice of every scan over its label's volume (logarithmic): small tumours are where means hide failures."""
-    shown = _sample([p for p in points if p.volume])
+    known = [p for p in points if p.volume]
+    shown = _sample(known)
     volumes = [p.volume or 1.0 for p in shown]
-    low, high = _decades(volumes)
-    parts = [_dice_axis_left(), *_log_axis_below(low, high, unit)]
+    ticks = log_ticks(min(volumes, default=1.0), max(volumes, default=10.0))
+    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
+    left_out = f", {len(shown):,} of {len(known):,} scans" if len(shown) < len(known) else ""
+    parts = [_dice_axis_left(), *_log_axis_below(ticks, f"label volume ({unit}){left_out}")]
     radius = 3.2 if len(shown) < 300 else 2.0
     for point, volume in zip(shown, volumes, strict=True):
         parts.append(_mark(point, _x((math.log10(volume) - low) / (high - low)), _y(point.dice), radius))
@@ -147,10 +153,15 @@ def _sample(points: Sequence[Point]) -> Sequence[Point]:
     return [points[i] for i in sorted(chosen)]
 
 
-def _decades(volumes: Sequence[float]) -> tuple[int, int]:
-    """The powers of ten that enclose the volumes; at least one decade."""
-    low = math.floor(math.log10(min(volumes, default=1.0)))
-    return low, max(math.ceil(math.log10(max(volumes, default=10.0))), low + 1)
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ascending ticks that enclose the range: 1, 2, 5, 10, 20 ..., or only powers of ten where those would be too many."""
+    for steps in ((1, 2, 5), (1,)):
+        ladder = [float(f"{step}e{power}") for power in range(-9, 16) for step in steps]
+        first = max(bisect_right(ladder, low) - 1, 0)
+        last = max(bisect_left(ladder, high), first + 1)
+        if last - first < MOST_TICKS:
+            break
+    return ladder[first : last + 1]
 
 
 def _dice_axis_left() -> str:
@@ -161,31 +172,65 @@ def _dice_axis_left() -> str:
     return "".join(ticks)
 
 
-def _log_axis_below(low: int, high: int, unit: str) -> list[str]:
-    ticks = []
-    for power in range(low, high + 1):
-        x = _x((power - low) / (high - low))
-        words = f"{10**power:,}" if power >= 0 else f"{10.0**power:g}"
-        ticks.append(_text(x, _y(0) + 15, words, "end" if power == high else "middle"))
-        ticks.append(_line(x, _y(0), x, _y(0) + 4, "axis"))
-    return [*ticks, _text(_x(0.5), HEIGHT - 4, f"label volume ({unit})", css="title")]
+def _log_axis_below(ticks: Sequence[float], title: str) -> list[str]:
+    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
+    drawn = []
+    for tick in ticks:
+        x = _x((math.log10(tick) - low) / (high - low))
+        drawn.append(_line(x, _y(0), x, _y(0) + 4, "axis"))
+        drawn.append(_text(x, _y(0) + 16, _short(tick)))
+    return [*drawn, _text(_x(0.5), HEIGHT - 3, title, css="title")]
+
+
+def _short(tick: float) -> str:
+    """A tick in at most five letters: 0.05, 200, 5,000, 20k, 1M."""
+    if tick >= 1e6:
+        return f"{tick / 1e6:,g}M"
+    return f"{tick / 1000:g}k" if tick >= 1e4 else f"{tick:,g}"
 
 
 def outline(mask: NDArray[np.bool_]) -> str:
-    """SVG path of the border of a mask (H, W), along pixel edges, each run of edges one segment."""
-    padded = np.pad(mask, 1)
-    across = np.diff(padded.astype(np.int8), axis=0)[:, 1:-1] != 0
-    down = np.diff(padded.astype(np.int8), axis=1)[1:-1, :] != 0
-    parts = [f"M{start} {row}H{stop}" for row, start, stop in _runs(across)]
-    parts += [f"M{column} {start}V{stop}" for column, start, stop in _runs(down.T)]
-    return "".join(parts)
+    """SVG path along the pixel edges around a mask (H, W): closed loops, clockwise around what is inside."""
+    return "".join(_loop(corners) for corners in _loops(_border(mask)))
 
 
-def _runs(edges: NDArray[np.bool_]) -> Iterable[tuple[int, int, int]]:
-    """(line, start, stop) of every unbroken run of True along the second axis."""
-    turns = np.diff(np.pad(edges, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    for (line, start), (_, stop) in zip(np.argwhere(turns == 1), np.argwhere(turns == -1), strict=True):
-        yield int(line), int(start), int(stop)
+Corner = tuple[int, int]
+
+
+def _border(mask: NDArray[np.bool_]) -> dict[Corner, list[Corner]]:
+    """From each corner (x, y) on the border, the corners that a unit step with the inside on the right leads to."""
+    steps: dict[Corner, list[Corner]] = defaultdict(list)
+    padded = np.pad(mask, 1).astype(np.int8)
+    across, down = np.diff(padded, axis=0)[:, 1:-1], np.diff(padded, axis=1)[1:-1, :]
+    for sign, (dx0, dx1) in ((1, (0, 1)), (-1, (1, 0))):
+        for y, x in np.argwhere(across == sign).tolist():
+            steps[x + dx0, y].append((x + dx1, y))
+        for y, x in np.argwhere(down == sign).tolist():
+            steps[x, y + dx1].append((x, y + dx0))
+    return steps
+
+
+def _loops(steps: dict[Corner, list[Corner]]) -> Iterator[list[Corner]]:
+    """Walk every step once. As many lead into a corner as out of it, so each walk ends where it began."""
+    for start in list(steps):
+        while steps[start]:
+            walk = [start, steps[start].pop()]
+            while walk[-1] != start:
+                walk.append(steps[walk[-1]].pop())
+            yield walk
+
+
+def _loop(walk: Sequence[Corner]) -> str:
+    """A closed loop as a path, each straight run one command."""
+    (x, y) = walk[0]
+    words: list[str] = []
+    for (x0, _), (x1, y1) in pairwise(walk):
+        word = f"V{y1}" if x0 == x1 else f"H{x1}"
+        if words and words[-1][0] == word[0]:
+            words[-1] = word
+        else:
+            words.append(word)
+    return f"M{x} {y}{''.join(words)}z"
 
 
 def panel(picture: str, shape: tuple[int, int], label: Sequence[str], prediction: Sequence[str], says: str) -> Markup:

@@ -1,6 +1,5 @@
 """Commands: what stands behind each word of the command line and behind each job of `jobs/`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ from brainseg import manifest as manifests
 from brainseg import storage
 from brainseg.config import How, SegmentConfig, TrainConfig, build, override, read_yaml
 from brainseg.console import Voice
-from brainseg.errors import PreflightError, UsageError
+from brainseg.errors import PreflightError, StorageError, UsageError
 from brainseg.model import ModelCard
 from brainseg.presets import PRESETS, preset
 
@@ -56,7 +55,7 @@ def recipe(
         raise UsageError("give --preset or --config, not both")
     values: Mapping[str, Any]
     if config:
-        values, source = read_yaml(storage.read_text(storage.absolute(config)), config), config
+        values, source = read_spec(config), config
     else:
         name = preset or _default_preset(manifest)
         values, source = _preset_values(name), f"preset {name}"
@@ -178,9 +177,8 @@ def phantom(out: str, layout: str, scans: int, broken: int, seed: int, voice: Vo
 
 
 def read_spec(path: str) -> dict[str, Any]:
-    """A job's YAML as plain values."""
-    return read_yaml(storage.read_text(storage.absolute(path)), path)
-
-
-def as_json(body: Mapping[str, Any]) -> str:
-    return json.dumps(body, indent=2, default=str)
+    """A YAML file as plain values; UsageError where it cannot be read."""
+    try:
+        return read_yaml(storage.read_text(storage.absolute(path)), path)
+    except StorageError as error:
+        raise UsageError(f"{path}: {error}") from error

@@ -63,6 +63,25 @@ def content_tag(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([row["scan_id"], row["label_map"], seen]).encode()).hexdigest()
 
 
+def is_finished(run: str, identity: Identity) -> bool:
+    """Whether the folder holds this very run, finished. RunError where it holds another one."""
+    _check_identity(run, identity)
+    return storage.exists(storage.join(run, SUCCESS_FILE))
+
+
+def _check_identity(run: str, identity: Identity) -> dict[str, Any] | None:
+    """The run.json that is there, or None; RunError where model, config or manifest are not the ones asked for."""
+    place = storage.join(run, RUN_FILE)
+    if not storage.exists(place):
+        return None
+    body: dict[str, Any] = storage.read_json(place)
+    for name, mine in identity.__dict__.items():
+        if body.get(name) != mine:
+            what, theirs = name.removesuffix("_fingerprint"), _short(body.get(name))
+            raise RunError(f"{run} holds a run with another {what} ({theirs}, now {_short(mine)}); choose another --out")
+    return body
+
+
 def open_run(run: str, identity: Identity, description: Mapping[str, Any]) -> dict[str, Any]:
     """Create the run folder, or take up one that holds the same run; returns `run.json` with the attempt counted up.
 
@@ -70,16 +89,12 @@ def open_run(run: str, identity: Identity, description: Mapping[str, Any]) -> di
     """
     place = storage.join(run, RUN_FILE)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    if not storage.exists(place):
+    body = _check_identity(run, identity)
+    if body is None:
         made = {"run_id": _run_id(identity, now), "created_at": now, "finished_at": None, "attempt": 1}
         body = {**made, **identity.__dict__, **description}
         storage.write_json(place, body)
         return body
-    body = storage.read_json(place)
-    for name, mine in identity.__dict__.items():
-        if body.get(name) != mine:
-            what, theirs = name.removesuffix("_fingerprint"), _short(body.get(name))
-            raise RunError(f"{run} holds a run with another {what} ({theirs}, now {_short(mine)}); choose another --out")
     body |= {**description, "attempt": int(body["attempt"]) + 1, "created_at": body["created_at"], "finished_at": None}
     storage.write_json(place, body)
     return dict(body)

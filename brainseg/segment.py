@@ -110,6 +110,9 @@ def segment_archive(
         size = sum(table["size_bytes"].to_pylist()) / 1e6
         ear.say(f"would segment {table.num_rows} scans ({size:.0f} MB) with model '{card.name}' into {out}")
         return {"found": table.num_rows}
+    cluster = None if runs.is_finished(out, identity) else connect()
+    if cluster is not None:
+        make_plan(cluster, table.num_rows, how)
     body = runs.open_run(out, identity, _description(source, model_uri, card, settings))
     with runs.Lease(out):
         manifest.write_manifest(storage.join(out, MANIFEST_FILE), table)
@@ -125,23 +128,33 @@ def segment_archive(
             identity.config_fingerprint,
             card,
         )
-        progress = _drive(table, expected, job, how, limit, ear)
+        progress = _drive(table, expected, job, Drive(how, limit, ear, cluster))
         counts = runs.settle(out, expected) | runs.write_metrics(out, card.split)
         timings = {"total_s": time.monotonic() - started, **{f"{k}_s": v for k, v in progress.seconds.items()}}
         runs.finish_run(out, body, counts, {k: round(v, 3) for k, v in timings.items()})
     return counts
 
 
-def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, how: How, limit: int | None, ear: Ear) -> Progress:
+@dataclass(frozen=True)
+class Drive:
+    """What the driver of a run goes by. `cluster` is None where all is done already."""
+
+    how: How
+    limit: int | None
+    ear: Ear
+    cluster: Cluster | None
+
+
+def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive) -> Progress:
     """Segment what no earlier attempt has finished; returns what the receipts told."""
     kept = {s for s, tag in runs.finished_tags(job.run).items() if expected.get(s) == tag}
     todo = table.filter(pa.array([s not in kept for s in table["scan_id"].to_pylist()], pa.bool_()))
-    progress = Progress(total=table.num_rows, before=len(kept))
+    progress, ear, limit = Progress(total=table.num_rows, before=len(kept)), drive.ear, drive.limit
     if kept:
         ear.say(f"resuming: {len(kept)} of {table.num_rows} scans are done already")
     if not todo.num_rows:
         return progress
-    plan = make_plan(connect(), todo.num_rows, how)
+    plan = make_plan(drive.cluster or connect(), todo.num_rows, drive.how)
     ear.say(plan.describe())
     for receipt in _receipts(todo, job, plan):
         _take(progress, receipt)
@@ -182,7 +195,9 @@ def failure_limit(text: str | None, total: int) -> int | None:
     try:
         value = float(number)
     except ValueError:
-        raise UsageError(f"--max-failures {text}: expected a number such as 50, or a share such as 5%") from None
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise UsageError(f"--max-failures {text}: expected a number such as 50, or a share such as 5%")
     return int(value * total / 100) if text.endswith("%") else int(value)
 
 

@@ -20,7 +20,7 @@ QUIET_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the cluster offers. `cpus` are logical; `cores` are those that heavy work should count on."""
+    """What the cluster offers. `cpus` are logical; `cores` are those that heavy work may fill, one being left for the rest."""
 
     cpus: float
     gpus: float
@@ -39,7 +39,7 @@ def connect() -> Cluster:
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     cpus = total.get("CPU", 0.0)
-    cores = min(os.cpu_count() or 1, int(cpus)) if local else int(cpus)
+    cores = min(os.cpu_count() or 1, int(cpus)) if local else int(cpus) - 1
     return Cluster(cpus, total.get("GPU", 0.0), max(1, cores), len(nodes), local)
 
 

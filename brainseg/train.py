@@ -56,12 +56,12 @@ def train_model(
     if finished:
         say(f"{out} holds this very model already; nothing to do")
         return finished
-    work = f"{out}.work"
-    _claim(work, card)
     cluster = connect()
     count = workers or max(1, int(cluster.gpus))
     per_worker = max(1, cluster.cores // count)
     require(cluster, cpus=count * per_worker + 1, gpus=count if cluster.gpus else 0, what=f"training with {count} workers")
+    work = f"{out}.work"
+    _claim(work, card)
     sizes = ", ".join(f"{len(p)} {name}" for name, p in parts.items())
     say(f"scans: {sizes}; {count} worker(s) of {per_worker} CPU(s){' and a GPU' if cluster.gpus else ''}")
     entries = _decode_once(work, table, {str(r["scan_id"]) for r in parts["train"]}, config, say)

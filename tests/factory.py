@@ -39,11 +39,11 @@ def make_scan(
     an affine where `order` is None. Background is 0, voxels are int16, the label is 0/1.
     """
     rng = np.random.default_rng(seed)
-    d, h, w = (np.linspace(-1, 1, n) for n in shape)
-    radius = (0.6 * d[:, None, None]) ** 2 + (h[None, :, None] / 0.8) ** 2 + (w[None, None, :] / 0.7) ** 2
-    head = radius < 1
-    centre = rng.uniform(-0.25, 0.25, 2)
-    tumour = head & ((h[None, :, None] - centre[0]) ** 2 + (w[None, None, :] - centre[1]) ** 2 + d[:, None, None] ** 2 < 0.14)
+    d, h, w = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    # Off the middle along every axis, so that a flip is never mistaken for none
+    head = (0.7 * (d - 0.5)) ** 2 + ((h - 0.1) / 0.8) ** 2 + ((w + 0.15) / 0.7) ** 2 < 1
+    row, column = rng.uniform(-0.25, 0.25, 2)
+    tumour = head & ((h - row) ** 2 + (w - column) ** 2 + d**2 < 0.14)
     volumes = [np.where(head, 300 + 40 * c + 500 * tumour + rng.integers(0, 60, shape), 0) for c in range(len(modalities))]
     grid = Grid.of(shape)
     if order is not None:

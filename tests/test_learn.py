@@ -132,6 +132,12 @@ class TestLearningRate:
         train_step(learner, images, masks, step=4)
         assert learner.optimiser.param_groups[0]["lr"] == learning_rate(learner.config.optimiser, 4, learner.total_steps)
 
+    def test_it_goes_on_from_epoch_to_epoch(self, samples):
+        learner = learner_for(tiny_config(epochs=3), samples)
+        train_epoch(learner, samples, 1)
+        rate = learning_rate(learner.config.optimiser, 2 * learner.steps_per_epoch - 1, learner.total_steps)
+        assert learner.optimiser.param_groups[0]["lr"] == rate < learner.config.optimiser.learning_rate
+
 
 class TestStep:
     def test_the_gradient_is_no_longer_than_allowed(self, samples):

@@ -350,6 +350,15 @@ class TestVerifying:
         assert torn.name in first
         assert second == "c: no row"
 
+    def test_a_part_with_other_columns(self, done):
+        uri = runs.part_uri(done, ["c"])
+        table = storage.read_table(uri)
+        storage.write_table(uri, table.drop_columns(["node"]))
+        assert "has no column node" in self.problems(done)[0]
+        poorer = pa.array([[]], pa.list_(pa.struct([("region", pa.string())])))
+        storage.write_table(uri, table.set_column(table.schema.get_field_index("regions"), "regions", poorer))
+        assert self.problems(done) == [f"{storage.name_of(uri)}: its columns are not those of a `scans` table"]
+
     def test_a_missing_part_and_one_that_was_added(self, done):
         gone = Path(runs.part_uri(done, ["c"]))
         gone.rename(gone.with_name("0.parquet"))

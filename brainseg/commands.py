@@ -114,7 +114,7 @@ def segment(source: str, model: str, out: str, voice: Voice, how: How, assignmen
         ear = Ear(voice.say, lambda p: bar.update(p.done, p.total, p.line()))
         counts = segment_archive(places[0], places[1], places[2], settings, how, ear)
     if not how.dry_run:
-        done = f"{counts['ok']} of {counts['found']} scans segmented, {counts['failed']} failed, {counts['labelled']} scored"
+        done = f"{counts['ok']} of {counts['found']} scans segmented, {counts['failed']} failed, {counts['evaluated']} scored"
         voice.result({"run": out, "counts": counts}, f"{done} -> {out}")
     return counts
 

@@ -5,6 +5,7 @@ early stop, the checkpoints that a broken-off training goes on from, and the one
 """
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from brainseg import cache, learn, manifest, storage
 from brainseg.config import SegmentConfig
-from brainseg.errors import ScanError, StorageError
+from brainseg.errors import BrainsegError, ScanError, StorageError
 from brainseg.held_out import measure
 from brainseg.model import Model, ModelCard
 from brainseg.scans import Scan, load_scan
@@ -98,6 +99,8 @@ class Course:
         while self.state["epoch"] < config.epochs:
             began = time.monotonic()
             loss = self._mean(learn.train_epoch(self.learner, self.samples, self.state["epoch"]))
+            if not math.isfinite(loss):
+                raise BrainsegError(f"the loss became {loss} in epoch {self.state['epoch'] + 1}; try a lower learning rate")
             seconds = time.monotonic() - began
             dice = (
                 self._validate()

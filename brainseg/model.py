@@ -86,7 +86,6 @@ class ModelCard(Config):
     versions: dict[str, str]
     created_at: str
     weights_sha256: str
-    threshold: float = 0.5
 
 
 @dataclass(frozen=True)

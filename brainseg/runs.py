@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from brainseg import storage
-from brainseg.errors import RunError, StorageError
+from brainseg.errors import Code, RunError, StorageError
 from brainseg.model import Split
 from brainseg.tables import METRICS, SCANS
 
@@ -33,7 +33,18 @@ TORN = "torn"
 HEARTBEAT_S = 10.0
 LEASE_S = 45.0
 """A driver on another host that has not been heard of for this long is taken to be dead."""
-KEYS = ("scan_id", "status", "content_tag", "model_fingerprint", "config_fingerprint", "finished_at", "mask_sha256")
+TRANSIENT = frozenset({Code.UNREADABLE, Code.OUT_OF_MEMORY})
+"""Failures that the store or the machine may be at fault for: the next attempt tries such scans again."""
+KEYS = (
+    "scan_id",
+    "status",
+    "error_code",
+    "content_tag",
+    "model_fingerprint",
+    "config_fingerprint",
+    "finished_at",
+    "mask_sha256",
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,14 @@ class Kept:
     part: str
     place: int
     status: str
+    error_code: str | None
     content_tag: str
     finished_at: datetime
+
+    @property
+    def is_final(self) -> bool:
+        """Whether doing the scan again could not end otherwise: it is done, or its files are at fault."""
+        return self.status == "ok" or self.error_code not in TRANSIENT
 
 
 def content_tag(row: Mapping[str, Any]) -> str:
@@ -190,23 +207,24 @@ def kept_rows(run: str, *, set_aside: bool) -> Iterator[Kept]:
             storage.delete(uri)
             continue
         for place, row in enumerate(table.to_pylist()):
-            yield Kept(row["scan_id"], uri, place, row["status"], row["content_tag"], row["finished_at"])
+            yield Kept(row["scan_id"], uri, place, row["status"], row["error_code"], row["content_tag"], row["finished_at"])
 
 
-def finished_tags(run: str) -> dict[str, str]:
-    """scan_id -> content_tag of what need not be done again."""
-    return {k.scan_id: k.content_tag for k in kept_rows(run, set_aside=True)}
+def finished_rows(run: str, expected: Mapping[str, str]) -> dict[str, Kept]:
+    """What need not be done again, by scan_id: rows of the right content whose outcome is final."""
+    rows = kept_rows(run, set_aside=True)
+    return {k.scan_id: k for k in rows if k.is_final and expected.get(k.scan_id) == k.content_tag}
 
 
 def settle(run: str, expected: Mapping[str, str]) -> dict[str, int]:
     """Bring the parts to exactly one row per expected scan (scan_id -> content_tag); returns counts.
 
-    A retry may have regrouped scans, and a file may have changed between attempts: of several rows for one scan the
-    first with the right content stays. Raises RunError where a scan is missing.
+    A retry may have regrouped scans, and a file may have changed between attempts: of several rows for one scan with the
+    right content an `ok` one stays before a failed one, then the first. Raises RunError where a scan is missing.
     """
     chosen: dict[str, Kept] = {}
     surplus: dict[str, set[int]] = {}
-    for row in sorted(kept_rows(run, set_aside=True), key=lambda k: k.finished_at):
+    for row in sorted(kept_rows(run, set_aside=True), key=lambda k: (k.status != "ok", k.finished_at)):
         if row.scan_id in chosen or expected.get(row.scan_id) != row.content_tag:
             surplus.setdefault(row.part, set()).add(row.place)
         else:

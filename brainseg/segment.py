@@ -66,6 +66,7 @@ class Progress:
 
     total: int
     before: int = 0
+    failed_before: int = 0
     ok: int = 0
     failed: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "predict": 0.0, "finish": 0.0})
@@ -75,12 +76,16 @@ class Progress:
     def done(self) -> int:
         return self.before + self.ok + self.failed
 
+    @property
+    def all_failed(self) -> int:
+        return self.failed_before + self.failed
+
     def line(self) -> str:
         """Scans done, failed and to come, the pace, and how long it will take."""
         elapsed = time.monotonic() - self.started
         pace = (self.ok + self.failed) / elapsed if elapsed else 0.0
         left = f", {(self.total - self.done) / pace:.0f} s left" if pace and self.done < self.total else ""
-        return f"{self.done}/{self.total} scans, {self.failed} failed, {pace:.2f} scans/s{left}"
+        return f"{self.done}/{self.total} scans, {self.all_failed} failed, {pace:.2f} scans/s{left}"
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,8 @@ def segment_archive(
     cluster = None if runs.is_finished(out, identity) else connect()
     if cluster is not None:
         make_plan(cluster, table.num_rows, how)
-    body = runs.open_run(out, identity, _description(source, model_uri, card, settings))
     with runs.Lease(out):
+        body = runs.open_run(out, identity, _description(source, model_uri, card, settings))
         manifest.write_manifest(storage.join(out, MANIFEST_FILE), table)
         storage.delete(storage.join(out, runs.SUCCESS_FILE))
         expected = expected_tags(table)
@@ -147,9 +152,10 @@ class Drive:
 
 def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive) -> Progress:
     """Segment what no earlier attempt has finished; returns what the receipts told."""
-    kept = {s for s, tag in runs.finished_tags(job.run).items() if expected.get(s) == tag}
+    kept = runs.finished_rows(job.run, expected)
+    failed_before = sum(1 for row in kept.values() if row.status == "failed")
     todo = table.filter(pa.array([s not in kept for s in table["scan_id"].to_pylist()], pa.bool_()))
-    progress, ear, limit = Progress(total=table.num_rows, before=len(kept)), drive.ear, drive.limit
+    progress, ear, limit = Progress(table.num_rows, len(kept), failed_before), drive.ear, drive.limit
     if kept:
         ear.say(f"resuming: {len(kept)} of {table.num_rows} scans are done already")
     if not todo.num_rows:
@@ -159,9 +165,9 @@ def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive)
     for receipt in _receipts(todo, job, plan):
         _take(progress, receipt)
         ear.tick(progress)
-        if limit is not None and progress.failed > limit:
+        if limit is not None and progress.all_failed > limit:
             kept_words = "what is done is kept, and the same command goes on from there"
-            raise FailureLimitError(f"{progress.failed} scans failed, the limit is {limit}; {kept_words}")
+            raise FailureLimitError(f"{progress.all_failed} scans failed, the limit is {limit}; {kept_words}")
     return progress
 
 

@@ -58,6 +58,8 @@ def train_model(
         return finished
     cluster = connect()
     count = workers or max(1, int(cluster.gpus))
+    if count > config.batch_size:
+        raise PreflightError(f"{count} workers cannot share batches of {config.batch_size}; ask for fewer workers")
     per_worker = max(1, cluster.cores // count)
     require(cluster, cpus=count * per_worker + 1, gpus=count if cluster.gpus else 0, what=f"training with {count} workers")
     work = f"{out}.work"

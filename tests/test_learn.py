@@ -166,7 +166,7 @@ class TestStep:
         config = tiny_config(optimiser=OptimiserConfig(learning_rate=1e-2, warmup_steps=0), epochs=6, samples_per_epoch=24)
         learner = learner_for(config, samples)
         losses = [train_epoch(learner, samples, epoch) for epoch in range(6)]
-        assert losses[-1] < 0.5 * losses[0]
+        assert losses[-1] < 0.7 * losses[0]
 
     @pytest.mark.parametrize("kind", ["adam", "adamw"])
     def test_the_seed_decides_the_whole_training(self, samples, kind):

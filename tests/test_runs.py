@@ -187,9 +187,16 @@ class TestParts:
         assert {k: v for k, v in table.to_pylist()[0].items() if v is not None} == row
 
     def test_what_is_finished_is_known_by_its_content(self, done):
-        assert runs.finished_tags(done) == expected("a", "b", "c")
+        assert runs.finished_rows(done, expected("a", "b", "c")).keys() == {"a", "b", "c"}
         assert runs.content_tag(manifest_row("a", size=11)) != expected("a")["a"]
-        assert runs.finished_tags(f"{done}/nowhere") == {}
+        assert runs.finished_rows(f"{done}/nowhere", expected("a")) == {}
+
+    def test_a_failure_of_the_store_is_tried_again_and_its_success_stays(self, run):
+        runs.write_part(run, [{**finished("a", status="failed"), "error_code": "UNREADABLE"}, finished("b")])
+        assert runs.finished_rows(run, expected("a", "b")).keys() == {"b"}
+        runs.write_part(run, [finished("a", minute=5)])
+        assert runs.settle(run, expected("a", "b"))["failed"] == 0
+        assert stored(run) == [("a", 5), ("b", 0)]
 
     @pytest.mark.parametrize("left", [0, 1, 100, -1])
     def test_a_torn_part_is_set_aside_and_its_scans_are_done_again(self, done, left):
@@ -199,7 +206,7 @@ class TestParts:
         with pytest.raises(StorageError):
             list(runs.kept_rows(done, set_aside=False))
         assert torn.exists()
-        assert set(runs.finished_tags(done)) == {"a", "b"}
+        assert runs.finished_rows(done, expected("a", "b", "c")).keys() == {"a", "b"}
         assert not torn.exists()
         assert Path(done, "torn", torn.name).read_bytes() == data[:left]
 

@@ -6,6 +6,9 @@ a submitted Ray job; otherwise a local Ray lives as long as the process, with to
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -44,15 +47,30 @@ def connect() -> Cluster:
 
 
 def _start_local() -> None:
-    """Start Ray on this machine: authenticated, quiet, small."""
-    ray.init(
-        address="local",
-        num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    """Start Ray on this machine: quiet and small. Its authentication is the environment's (`environment.py`)."""
+    with _hushed_stderr():
+        ray.init(
+            address="local",
+            num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+@contextmanager
+def _hushed_stderr() -> Iterator[None]:
+    """Keep what Ray's core prints while it starts off the terminal: its log level is itself announced there. Errors raise."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def require(cluster: Cluster, *, cpus: float, gpus: float = 0, what: str) -> None:

@@ -1,12 +1,14 @@
-"""Aggregate: the metrics of many scans, to one region's summary, its interval, and the comparison of two runs.
+"""Aggregate: the metrics of many scans, to one region's summary and its interval.
 
 It stands between the `metrics` table and the report. A mean without its rule means nothing, so a summary carries the
 rule and the counts of `missed`, `spurious` and `both_empty` beside every mean:
 
 - `exclude` (default): scans whose label and prediction are both empty are left out.
-- `brats`: they count 1 in every overlap ratio and 0 in HD95, and an infinite HD95 counts 373.13 mm.
+- `brats`: they count 1 in every overlap ratio and 0 in HD95, and an infinite HD95 counts 373.13 mm. A labelled scan without
+  a lesion to find or a wrong one counts 1 in lesion-wise Dice and 0 mm in lesion-wise HD95. Plain lesion figures stay null.
 
 A patient who is not named (null) is taken to be a patient of one scan; `num_unnamed` says how many there were.
+What the same counts give under other rules says `averaging.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import wilcoxon
 
 Floats = NDArray[np.float64]
 Rule = Literal["exclude", "brats"]
@@ -24,17 +25,11 @@ Rule = Literal["exclude", "brats"]
 STATES = ("both", "missed", "spurious", "both_empty", "no_label")
 OVERLAP = ("dice", "iou", "precision", "recall", "specificity", "accuracy")
 SURFACE = ("nsd_1mm", "nsd_2mm", "nsd_1px", "nsd_2px")
+LESION = ("lesion_recall", "lesion_precision", "lesion_f1", "lesionwise_dice", "lesionwise_hd95_mm")
+LESION_COUNTS = ("lesionwise_tp", "lesionwise_fp", "lesionwise_fn")
 COUNTS = ("tp", "fp", "fn")
-NUMBERS = (
-    *OVERLAP,
-    *SURFACE,
-    *COUNTS,
-    "hd95_mm",
-    "hd95_px",
-    "prediction_volume_mm3",
-    "volume_error_mm3",
-    "volume_error_relative",
-)
+VOLUMES = ("prediction_volume_mm3", "volume_error_mm3", "volume_error_relative")
+NUMBERS = (*OVERLAP, *SURFACE, *LESION, *LESION_COUNTS, *COUNTS, *VOLUMES, "hd95_mm", "hd95_px")
 
 BRATS_INFINITE_MM = 373.13
 """What the BraTS challenges put for an HD95 without a second surface: the diagonal of 240 x 240 x 155 mm."""
@@ -75,6 +70,7 @@ class RegionSummary:
 
     `num_rows` all scans; `num_labelled` those with a label; `num_scored` those behind the mean Dice under `rule`.
     `num_scored + states["both_empty"] + states["no_label"] == num_rows` under `exclude`.
+    `labelled_dice` is over the scans whose label is not empty (`both`, `missed`), whatever the rule.
     """
 
     region: str
@@ -86,6 +82,7 @@ class RegionSummary:
     num_unnamed: int
     states: Mapping[str, int]
     dice: Spread
+    labelled_dice: Spread
     iou: Spread
     precision: Spread
     recall: Spread
@@ -97,6 +94,11 @@ class RegionSummary:
     nsd_2px: Spread
     hd95_mm: Distances
     hd95_px: Distances
+    lesion_recall: Spread
+    lesion_precision: Spread
+    lesion_f1: Spread
+    lesionwise_dice: Spread
+    lesionwise_hd95_mm: Spread
     volume_error_ml: Spread
     volume_error_relative: Spread
     pooled_dice: float | None
@@ -106,20 +108,6 @@ class RegionSummary:
         """Mean Dice where `num_failed` further scans, which never gave a mask, count 0; None over no scan at all."""
         num = self.num_scored + num_failed
         return (self.dice.mean or 0.0) * self.num_scored / num if num else None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two runs on the same scans: `difference` is the mean of a - b over scans, with its 95 % interval.
-
-    `wilcoxon_p` is two-sided, on the patients' mean differences, because scans of one patient are not independent.
-    """
-
-    num_pairs: int
-    num_patients: int
-    difference: float
-    interval: tuple[float, float]
-    wilcoxon_p: float
 
 
 # --- summaries ------------------------------------------------------------------------------------------------------
@@ -147,23 +135,28 @@ def _columns(rows: Sequence[Mapping[str, Any]] | pa.Table) -> tuple[dict[str, ND
     names = ("region", "state", "patient_id")
     if isinstance(rows, pa.Table):
         texts = {name: rows.column(name).to_numpy() for name in names}
-        present = [name for name in NUMBERS if name in rows.column_names]
-        found = {name: rows.column(name).cast(pa.float64()).to_numpy() for name in present}
-        return texts, {name: found.get(name, np.full(len(rows), np.nan)) for name in NUMBERS}
+        absent = np.full(len(rows), np.nan)
+        return texts, {name: float_column(rows, name) if name in rows.column_names else absent for name in NUMBERS}
     texts = {name: np.array([row[name] for row in rows], dtype=object) for name in names}
     return texts, {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in NUMBERS}
 
 
+def float_column(table: pa.Table, name: str) -> Floats:
+    """A column as floats, NaN for null."""
+    numbers: Floats = table.column(name).cast(pa.float64()).to_numpy()
+    return numbers
+
+
 def _codes(values: Sequence[Any] | NDArray[Any]) -> tuple[list[Any], NDArray[np.int64]]:
-    """Number the distinct values from 0 in order of appearance."""
-    seen: dict[Any, int] = {}
-    codes = np.fromiter((seen.setdefault(value, len(seen)) for value in values), np.int64, len(values))
-    return list(seen), codes
+    """Number the distinct values from 0 in order of appearance; null is -1."""
+    encoded = pa.array(values).dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
 
 
-def _patient_codes(patients: Sequence[Any] | NDArray[Any]) -> NDArray[np.int64]:
-    """Number the patients; every null is a patient of its own."""
-    return _codes([object() if patient is None else patient for patient in patients])[1]
+def patient_codes(patients: Sequence[Any] | NDArray[Any]) -> NDArray[np.int64]:
+    """Number the patients; every null is a patient of its own, after all others."""
+    named, codes = _codes(patients)
+    return np.where(codes < 0, len(named) + np.cumsum(codes < 0) - 1, codes)
 
 
 def _summarise(
@@ -172,7 +165,7 @@ def _summarise(
     counts = {state: int(np.count_nonzero(states == state)) for state in STATES}
     columns = _with_rule(rule, states == "both_empty", numbers)
     dice = columns["dice"]
-    codes = _patient_codes(patients)
+    codes = patient_codes(patients)
     return RegionSummary(
         region=region,
         rule=rule,
@@ -182,13 +175,14 @@ def _summarise(
         num_patients=int(codes.max(initial=-1)) + 1,
         num_unnamed=sum(patient is None for patient in patients),
         states=counts,
+        labelled_dice=_spread(numbers["dice"][(states == "both") | (states == "missed")]),
         hd95_mm=_distances(columns["hd95_mm"]),
         hd95_px=_distances(columns["hd95_px"]),
         volume_error_ml=_spread(columns["volume_error_mm3"] / 1000),
         volume_error_relative=_spread(columns["volume_error_relative"]),
         pooled_dice=_pooled_dice(*(np.nansum(columns[name]) for name in COUNTS)),
-        patient_mean_dice=_mean(_patient_means(dice, codes)),
-        **{name: _spread(columns[name]) for name in (*OVERLAP, *SURFACE)},
+        patient_mean_dice=_mean(patient_means(dice, codes)),
+        **{name: _spread(columns[name]) for name in (*OVERLAP, *SURFACE, *LESION)},
     )
 
 
@@ -198,10 +192,13 @@ def _with_rule(rule: Rule, both_empty: NDArray[np.bool_], numbers: dict[str, Flo
     if rule == "exclude":
         return numbers | hidden
     in_mm = ~np.isnan(numbers["prediction_volume_mm3"])
+    no_lesion = sum(numbers[name] for name in LESION_COUNTS) == 0
     hd95_mm = np.where(np.isposinf(hidden["hd95_mm"]), BRATS_INFINITE_MM, hidden["hd95_mm"])
     return {
         **numbers,
         **{name: np.where(both_empty, 1.0, numbers[name]) for name in OVERLAP},
+        "lesionwise_dice": np.where(no_lesion, 1.0, numbers["lesionwise_dice"]),
+        "lesionwise_hd95_mm": np.where(no_lesion & in_mm, 0.0, numbers["lesionwise_hd95_mm"]),
         "hd95_mm": np.where(both_empty & in_mm, 0.0, hd95_mm),
         "hd95_px": np.where(both_empty & ~in_mm, 0.0, hidden["hd95_px"]),
     }
@@ -240,7 +237,7 @@ def _pooled_dice(tp: float, fp: float, fn: float) -> float | None:
     return float(2 * tp / whole) if whole else None
 
 
-def _patient_means(values: Floats, codes: NDArray[np.int64]) -> Floats:
+def patient_means(values: Floats, codes: NDArray[np.int64]) -> Floats:
     """Mean within each patient who has a value."""
     sums, counts = _patient_sums(values, codes)
     return sums / counts
@@ -270,7 +267,7 @@ def bootstrap_interval(
     array = np.asarray(values, dtype=np.float64)
     if len(array) != len(patients):
         raise ValueError(f"{len(array)} values for {len(patients)} patients; expected one patient a value")
-    sums, counts = _patient_sums(array, _patient_codes(patients))
+    sums, counts = _patient_sums(array, patient_codes(patients))
     if sums.size < 2:
         return float("nan"), float("nan")
     if sums.size > MANY_PATIENTS and not np.isfinite(sums).all():
@@ -299,31 +296,3 @@ def _resampled_in_the_limit(sums: Floats, counts: Floats, draws: int, rng: np.ra
     drawn = rng.multivariate_normal(pairs.sum(axis=1), np.cov(pairs, bias=True) * sums.size, size=draws, method="eigh")
     means: Floats = drawn[:, 0] / drawn[:, 1]
     return means
-
-
-def paired_comparison(
-    values_a: ArrayLike,
-    values_b: ArrayLike,
-    patients: Sequence[str | None] | NDArray[Any],
-    *,
-    seed: int = 0,
-    draws: int = 10_000,
-) -> Comparison:
-    """Compare two runs scan by scan (a - b); pairs in which either is null are left out.
-
-    Raises ValueError for infinite values: give infinite distances their stand-in first, or they decide everything.
-    """
-    a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
-    if a.shape != b.shape or len(a) != len(patients):
-        raise ValueError(f"{len(a)} and {len(b)} values for {len(patients)} patients; expected one of each a scan")
-    if np.isinf(a).any() or np.isinf(b).any():
-        raise ValueError("an infinite value cannot be compared; replace it by a stand-in first")
-    differences = a - b
-    means = _patient_means(differences, _patient_codes(patients))
-    return Comparison(
-        num_pairs=int(np.count_nonzero(~np.isnan(differences))),
-        num_patients=means.size,
-        difference=float(np.nanmean(differences)) if means.size else float("nan"),
-        interval=bootstrap_interval(differences, patients, seed=seed, draws=draws),
-        wilcoxon_p=float(wilcoxon(means).pvalue) if means.any() else 1.0,
-    )

@@ -34,13 +34,14 @@ class NearestMask:
     """Copy the nearest training mask, slice by slice, for the named regions.
 
     Add training scans only, and keep all scans, added and asked for, in one orientation: nothing here knows left from right.
-    Holds 2 KB a slice and modality, and up to 2 KB a region for a slice that has a mask.
+    Holds 2 KB a slice and modality, and up to 2 KB a region for a slice that has a mask: `size_bytes` in all.
     """
 
     def __init__(self, regions: Sequence[str]) -> None:
         self.regions = tuple(regions)
         self._thumbnails: list[NDArray[np.float16]] = []
         self._masks: list[_PackedMask | None] = []
+        self.size_bytes = 0
 
     def add(self, image: NDArray[Any], label_masks: NDArray[np.bool_]) -> None:
         """Learn one training scan by heart: image (C, D, H, W) of any dtype, masks (R, D, H, W) in the order of `regions`.
@@ -53,7 +54,9 @@ class NearestMask:
         thumbnails = _thumbnails(image)
         self._check_modalities(thumbnails)
         self._thumbnails.append(thumbnails)
-        self._masks += [_PackedMask.of(label_masks[:, d]) for d in range(label_masks.shape[1])]
+        packed = [_PackedMask.of(label_masks[:, d]) for d in range(label_masks.shape[1])]
+        self._masks += packed
+        self.size_bytes += thumbnails.nbytes + sum(mask.bits.nbytes for mask in packed if mask is not None)
 
     def predict(self, image: NDArray[Any]) -> NDArray[np.bool_]:
         """Return masks (R, D, H, W) for an image (C, D, H, W): each slice gets its nearest training slice's, resized.

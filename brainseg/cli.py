@@ -45,7 +45,7 @@ def index(
     archive: Annotated[str, typer.Argument(help="A folder or s3:// prefix of stored MRI.")],
     out: Annotated[str, typer.Option(help="The manifest to write (Parquet).")],
     layout: Annotated[
-        str | None, typer.Option(help="Folder convention, if it should not be recognised: lgg, figshare, brats, h5slices.")
+        str | None, typer.Option(help="Folder convention, if it is not recognised: lgg, figshare, brats, h5slices, dicom.")
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="A name for the set; by default its layout's.")] = None,
     label_map: Annotated[
@@ -53,22 +53,47 @@ def index(
     ] = None,
     folds: Annotated[int, typer.Option(min=2, help="How many folds the patients are dealt into.")] = 5,
     seed: Annotated[int, typer.Option(help="Decides which patient lands in which fold.")] = 0,
+    stratify: Annotated[
+        str,
+        typer.Option(
+            metavar="ATTRIBUTE",
+            help="Deal evenly within each value of this attribute. `auto`: tumour type, site or grade, whichever comes first "
+            "and has few enough values; `none`: not at all.",
+        ),
+    ] = "auto",
+    folds_by: Annotated[
+        Literal["patient", "scan"], typer.Option(help="What stays together. `scan` divides patients: --accept-leakage.")
+    ] = "patient",
+    folds_from: Annotated[
+        str | None, typer.Option(metavar="CSV", help="Take the folds from this table: scan_id or patient_id, and fold.")
+    ] = None,
+    unit: Annotated[
+        Literal["scan", "slice"], typer.Option(help="What becomes a row. `slice`: every slice of a stack on its own.")
+    ] = "scan",
+    accept_leakage: Annotated[
+        bool, typer.Option("--accept-leakage", help="Write folds that share patients all the same.")
+    ] = False,
+    no_hash: Annotated[
+        bool, typer.Option("--no-hash", help="Read no file: the leakage audit will not compare contents.")
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Take stock of an archive: one row a scan, folds by patient, and what could not be placed."""
+    """Take stock of an archive: one row a scan, folds by patient, what could not be placed, what leaks between folds."""
     from brainseg import commands
     from brainseg.console import Voice
+    from brainseg.folds import FoldPlan
 
     commands.index(
         archive,
         out,
         Voice(quiet=quiet, as_json=json_),
+        FoldPlan(folds, seed, stratify, folds_by, folds_from, accept_leakage),
+        hashes=not no_hash,
         layout=layout,
         dataset=dataset,
         label_map=label_map,
-        folds=folds,
-        seed=seed,
+        unit=unit,
     )
 
 
@@ -83,6 +108,10 @@ def train(
     config: Annotated[str | None, typer.Option(help="A recipe of your own (YAML).")] = None,
     set_: Set = None,
     fold: Annotated[int | None, typer.Option(help="The fold that is kept back and reported on.")] = None,
+    cv: Annotated[
+        bool, typer.Option("--cv", help="Cross-validate: keep every fold back in turn, a model each, and sum up.")
+    ] = False,
+    folds: Annotated[str | None, typer.Option(help="With --cv: train these folds only now, such as 0,2.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that train together. Default: one per GPU, or one.")
     ] = None,
@@ -93,14 +122,19 @@ def train(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a U-Net on a manifest with Ray Train and leave a model folder."""
+    """Train a U-Net on a manifest with Ray Train and leave a model folder, or with --cv one a fold and their figures."""
     from brainseg import commands
     from brainseg.console import Voice
 
+    picked = commands.picked_folds(cv, folds, fold)
     recipe = commands.recipe(
         manifest, preset=preset, config=config, assignments=set_ or [], fold=fold, accept_leakage=accept_leakage
     )
-    commands.train(manifest, out, recipe, Voice(quiet=quiet, as_json=json_), workers=workers)
+    voice = Voice(quiet=quiet, as_json=json_)
+    if cv:
+        commands.cross_validate(manifest, out, recipe, voice, folds=picked, workers=workers)
+    else:
+        commands.train(manifest, out, recipe, voice, workers=workers)
 
 
 @app.command()
@@ -118,6 +152,7 @@ def segment(
     plan: Annotated[
         str | None, typer.Option(help="`fused` or `apart`: where decoding happens. Default: by what the cluster has.")
     ] = None,
+    scan_seconds: Annotated[float, typer.Option(help="Give a scan up, as TIMEOUT, whose files take longer to read.")] = 300.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, do nothing.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -127,9 +162,44 @@ def segment(
     from brainseg.config import How, build
     from brainseg.console import Voice
 
-    how = build(How, {"max_failures": max_failures, "mode": plan, "actors": actors, "dry_run": dry_run}, "segment")
+    words = {"max_failures": max_failures, "mode": plan, "actors": actors, "scan_seconds": scan_seconds, "dry_run": dry_run}
+    how = build(How, words, "segment")
     counts = commands.segment(source, model, out, Voice(quiet=quiet, as_json=json_), how, set_ or [])
     if counts.get("failed"):
+        raise typer.Exit(ExitCode.SOME_FAILED)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A finished run folder.")],
+    labels: Annotated[
+        str | None, typer.Option(help="A manifest whose labels count, joined by scan_id. Default: the run's own.")
+    ] = None,
+    training: Annotated[
+        str | None,
+        typer.Option(help="A manifest that holds the model's training patients, for the nearest-mask baseline."),
+    ] = None,
+    baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Score the two baselines too.")] = True,
+    compare: Annotated[str | None, typer.Option(help="Another run: this one minus it, on the scans both have.")] = None,
+    rule: Annotated[
+        Literal["exclude", "brats"], typer.Option(help="What becomes of scans where label and prediction are both empty.")
+    ] = "exclude",
+    threshold_sweep: Annotated[
+        bool,
+        typer.Option("--threshold-sweep", help="Instead: choose the model's threshold on its validation patients."),
+    ] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a run's stored masks anew, beside the baselines. Exit code 3 if some labels could not be used."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    voice = Voice(quiet=quiet, as_json=json_)
+    if threshold_sweep:
+        commands.sweep(run, labels, voice)
+        return
+    if commands.evaluate(run, voice, labels=labels, training=training, baselines=baselines, compare=compare, rule=rule):
         raise typer.Exit(ExitCode.SOME_FAILED)
 
 
@@ -137,6 +207,9 @@ def segment(
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One or more finished runs.")],
     out: Annotated[str | None, typer.Option(help="Where the page goes. Default: report.html in the first run.")] = None,
+    rule: Annotated[
+        Literal["exclude", "brats"], typer.Option(help="What becomes of scans where label and prediction are both empty.")
+    ] = "exclude",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -144,7 +217,7 @@ def report(
     from brainseg import commands
     from brainseg.console import Voice
 
-    commands.report(runs, out, Voice(quiet=quiet, as_json=json_))
+    commands.report(runs, out, Voice(quiet=quiet, as_json=json_), rule=rule)
 
 
 @app.command()

@@ -6,19 +6,33 @@ from typing import Any, Literal
 
 from brainseg import manifest as manifests
 from brainseg import storage
+from brainseg.aggregate import Rule
+from brainseg.audit import Audit, audit_folds
 from brainseg.config import How, SegmentConfig, TrainConfig, build, override, read_yaml
 from brainseg.console import Voice
+from brainseg.contents import with_contents
 from brainseg.errors import PreflightError, StorageError, UsageError
+from brainseg.folds import FoldPlan
+from brainseg.layouts import Inventory
 from brainseg.model import ModelCard
 from brainseg.presets import PRESETS, preset
+from brainseg.results import describe_model, evaluation_lines, recipe_line
 
 DEFAULT_PRESETS = {"lgg": "lgg-strong", "figshare": "figshare-strong", "brats": "brats-strong", "h5slices": "brats-strong"}
 
 
-def index(archive: str, out: str, voice: Voice, **options: Any) -> dict[str, Any]:
-    """Index an archive and write its manifest; says what was found and what was not placed."""
-    table, inventory = manifests.index_archive(storage.absolute(archive), **options)
-    manifests.write_manifest(storage.absolute(out), table)
+def index(
+    archive: str, out: str, voice: Voice, plan: FoldPlan | None = None, *, hashes: bool = True, **options: Any
+) -> dict[str, Any]:
+    """Index an archive and write its manifest; says what was found, what was not placed, and what the audit of the folds found.
+
+    Without `hashes` no file is read, and the audit does not compare contents.
+    """
+    source, target = _source(archive), _target_file(out)
+    stock = manifests.take_stock(source, plan or FoldPlan(), **options)
+    table = with_contents(stock.manifest, voice.say) if hashes else stock.manifest
+    audit = audit_folds(table, contents_compared=hashes)
+    manifests.write_manifest(target, table, audit)
     rows = table.drop_columns(["sources"]).to_pylist()
     problems = [r for r in rows if r["problem_code"]]
     body = {
@@ -28,16 +42,28 @@ def index(archive: str, out: str, voice: Voice, **options: Any) -> dict[str, Any
         "patients": len({r["patient_id"] for r in rows if r["patient_id"]}),
         "labelled": sum(r["has_label"] for r in rows),
         "problems": [f"{r['scan_id']}: {r['problem_code']}: {r['problem']}" for r in problems],
-        "ignored_files": len(inventory.ignored),
+        "ignored_files": len(stock.inventory.ignored),
+        "folds": stock.folds,
+        "stratified_by": stock.stratified_by,
+        "audit": audit.to_json(),
     }
-    for line in body["problems"]:
-        voice.say(f"problem: {line}")
-    for reason, names in _by_reason(inventory.ignored).items():
-        voice.say(f"ignored: {len(names)} file(s): {reason}, such as {storage.name_of(names[0])}")
+    _say_index(body, stock.inventory, audit, voice)
     voice.result(
         body, f"{body['scans']} scans of {body['patients'] or 'unknown'} patients, {body['labelled']} with a label -> {out}"
     )
     return body
+
+
+def _say_index(body: Mapping[str, Any], inventory: Inventory, audit: Audit, voice: Voice) -> None:
+    for line in body["problems"]:
+        voice.say(f"problem: {line}")
+    for line in inventory.warnings:
+        voice.say(f"warning: {line}")
+    for reason, names in _by_reason(inventory.ignored).items():
+        voice.say(f"ignored: {len(names)} file(s): {reason}, such as {storage.name_of(names[0])}")
+    voice.say(f"folds: {body['folds']}")
+    for line in audit.lines():
+        voice.say(line)
 
 
 def _by_reason(ignored: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
@@ -70,7 +96,7 @@ def _preset_values(name: str) -> dict[str, Any]:
 
 
 def _default_preset(manifest: str) -> str:
-    layouts = set(manifests.read_manifest(storage.absolute(manifest))["layout"].to_pylist())
+    layouts = set(manifests.read_manifest(_source(manifest))["layout"].to_pylist())
     return DEFAULT_PRESETS.get(layouts.pop(), "brats-strong") if len(layouts) == 1 else "brats-strong"
 
 
@@ -78,7 +104,7 @@ def train(manifest: str, out: str, config: TrainConfig, voice: Voice, *, workers
     """Train and say what the model scores on the patients kept back, beside its baselines."""
     from brainseg.train import train_model
 
-    card = train_model(storage.absolute(manifest), storage.absolute(out), config, workers=workers, say=voice.say)
+    card = train_model(_source(manifest), _target(out), config, workers=workers, say=voice.say)
     voice.result(
         {"model": out, "metrics": card.metrics, "baselines": card.baselines, "training": card.training},
         describe_model(card, out),
@@ -86,22 +112,36 @@ def train(manifest: str, out: str, config: TrainConfig, voice: Voice, *, workers
     return card
 
 
-def describe_model(card: ModelCard, out: str) -> str:
-    """A trained model in a few lines: its held-out figures and those of the baselines, with their rule."""
-    lines = [f"model '{card.name}' -> {out}"]
-    for region, s in card.metrics.get("held_out", {}).items():
-        lines.append(f"held-out fold, {region}: {_figures(s)} ({s['rule']}, {s['num_scans']} scans)")
-        for name, summaries in card.baselines.items():
-            if region in summaries:
-                lines.append(f"  baseline {name.replace('_', ' ')}: {_figures(summaries[region])}")
-    if card.selection_biased:
-        lines.append("selection_biased: the held-out fold also chose the checkpoint")
-    return "\n".join(lines)
+def picked_folds(cv: bool, folds: str | None, fold: int | None) -> tuple[int, ...] | None:
+    """The folds that `--folds 0,2` names; None for all. UsageError where the words contradict each other."""
+    if folds is not None and not cv:
+        raise UsageError("--folds goes with --cv; one model alone takes --fold")
+    if cv and fold is not None:
+        raise UsageError("--cv keeps every fold back in turn; give --folds to pick some, not --fold")
+    if folds is None:
+        return None
+    words = [word.strip() for word in folds.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UsageError(f"--folds {folds}: expected numbers with commas, such as 0,2")
+    return tuple(int(word) for word in words)
 
 
-def _figures(s: Mapping[str, Any]) -> str:
-    mean, median = (f"{s[k]:.4f}" if s[k] is not None else "none" for k in ("dice_mean", "dice_median"))
-    return f"Dice mean {mean}, median {median}; missed {s['states']['missed']}, spurious {s['states']['spurious']}"
+def cross_validate(
+    manifest: str,
+    out: str,
+    config: TrainConfig,
+    voice: Voice,
+    *,
+    folds: Sequence[int] | None = None,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Train the folds and say what their models score on the scans that each kept back."""
+    from brainseg import cross_validation
+
+    source, place = _source(manifest), _target(out)
+    body = cross_validation.cross_validate(source, place, config, folds=folds, workers=workers, say=voice.say)
+    voice.result({"models": out, **body}, cross_validation.describe(body, out))
+    return body
 
 
 def segment(source: str, model: str, out: str, voice: Voice, how: How, assignments: Sequence[str] = ()) -> dict[str, int]:
@@ -109,7 +149,7 @@ def segment(source: str, model: str, out: str, voice: Voice, how: How, assignmen
     from brainseg.segment import Ear, segment_archive
 
     settings = build(SegmentConfig, override({}, assignments), "segment")
-    places = [storage.absolute(place) for place in (source, model, out)]
+    places = [_source(source), _source(model), _target(out)]
     with voice.bar("segment") as bar:
         ear = Ear(voice.say, lambda p: bar.update(p.done, p.total, p.line()))
         counts = segment_archive(places[0], places[1], places[2], settings, how, ear)
@@ -119,13 +159,51 @@ def segment(source: str, model: str, out: str, voice: Voice, how: How, assignmen
     return counts
 
 
-def report(runs: Sequence[str], out: str | None, voice: Voice) -> str:
+def evaluate(
+    run: str, voice: Voice, *, labels: str | None, training: str | None, baselines: bool, compare: str | None, rule: Rule
+) -> int:
+    """Score a run's stored masks anew and say what came of it; returns how many labels could not be used."""
+    from brainseg.evaluate import compare_evaluations, evaluate_run
+    from brainseg.report import summary
+
+    place = _source(run)
+    other = _source(compare) if compare else None
+    named = [_source(uri) if uri else None for uri in (labels, training)]
+    body = evaluate_run(place, labels=named[0], training=named[1], baselines=baselines, say=voice.say)
+    figures = summary([place], rule=rule)
+    kept = {name: figures[name] for name in ("rule", "counts", "alerts", "headline", "groups", "baselines")}
+    comparison = compare_evaluations(place, other) if other else None
+    voice.result({"run": run, **body, **kept, "comparison": comparison}, "\n".join(evaluation_lines(figures, comparison)))
+    for problem in body["problems"]:
+        voice.say(f"label not used: {problem['code']}: {problem['message']}")
+    return len(body["problems"])
+
+
+def sweep(run: str, labels: str | None, voice: Voice) -> dict[str, Any]:
+    """Choose the threshold of a run's model on its validation patients; says where the best lies."""
+    from brainseg.sweep import sweep_thresholds
+
+    place = _source(run)
+    if not storage.exists(storage.join(place, "run.json")):
+        raise PreflightError(f"{run} is not a run folder: it has no run.json")
+    model = storage.read_json(storage.join(place, "run.json"))["model"]["uri"]
+    manifest = _source(labels) if labels else storage.join(place, "manifest.parquet")
+    chosen = sweep_thresholds(model, manifest, say=voice.say)
+    said = (
+        f"threshold {chosen['threshold']:g}, chosen on {chosen['num_scans']} validation scans ({chosen['rule']}), is written "
+        f"into {model}; `brainseg segment --set threshold=chosen` uses it"
+    )
+    voice.result({"model": model, "chosen": chosen}, said)
+    return chosen
+
+
+def report(runs: Sequence[str], out: str | None, voice: Voice, *, rule: Rule = "exclude") -> str:
     """Make the page; says where it is."""
     from brainseg.report import build_report
 
-    uris = [storage.absolute(r) for r in runs]
-    place = storage.absolute(out) if out else storage.join(uris[0], "report.html")
-    summary = build_report(uris, place)
+    uris = [_source(r) for r in runs]
+    place = _target_file(out or storage.join(uris[0], "report.html"))
+    summary = build_report(uris, place, rule=rule)
     voice.result({"report": place, "summary": summary}, f"report -> {out or place}")
     return place
 
@@ -134,7 +212,7 @@ def export(run: str, out: str, format_: Literal["nifti", "png"], voice: Voice) -
     """Write the masks of a run as files."""
     from brainseg.export import export_run
 
-    written = export_run(storage.absolute(run), storage.absolute(out), format=format_)
+    written = export_run(_source(run), _target(out), format=format_)
     voice.result({"out": out, "files": written}, f"{written} files -> {out}")
     return written
 
@@ -143,7 +221,7 @@ def verify(run: str, voice: Voice) -> list[str]:
     """Check a run and say what is wrong, if anything."""
     from brainseg.segment import verify_run
 
-    place = storage.absolute(run)
+    place = _source(run)
     if not storage.exists(storage.join(place, "run.json")):
         raise PreflightError(f"{run} is not a run folder: it has no run.json")
     problems = verify_run(place)
@@ -156,13 +234,8 @@ def verify(run: str, voice: Voice) -> list[str]:
 def presets(voice: Voice) -> None:
     """List the recipes."""
     body = {name: p.model_dump(mode="json") for name, p in PRESETS.items()}
-    lines = [_recipe_line(p) for p in PRESETS.values()]
+    lines = [recipe_line(p) for p in PRESETS.values()]
     voice.result(body, "\n".join(lines))
-
-
-def _recipe_line(p: TrainConfig) -> str:
-    eats = f"{p.prepare.size:>4} px  {', '.join(p.modalities) or 'any modality':<22}"
-    return f"{p.name:<16} {eats} {', '.join(p.regions):<12} {p.loss.kind}, {p.optimiser.kind}, {p.epochs} epochs"
 
 
 def phantom(out: str, layout: str, scans: int, broken: int, seed: int, voice: Voice) -> list[tuple[str, str]]:
@@ -174,6 +247,27 @@ def phantom(out: str, layout: str, scans: int, broken: int, seed: int, voice: Vo
         voice.say(f"broken on purpose: {name}: {how}")
     voice.result({"archive": out, "broken": dict(damaged)}, f"{scans} synthetic scans -> {out}")
     return damaged
+
+
+def _source(uri: str) -> str:
+    """A place to read from, absolute; PreflightError, before any work, where nothing can be read there."""
+    place = storage.absolute(uri)
+    storage.check_readable(place)
+    return place
+
+
+def _target(uri: str) -> str:
+    """A folder to write to, absolute; PreflightError, before any work, where nothing can be written."""
+    place = storage.absolute(uri)
+    storage.check_writable(place)
+    return place
+
+
+def _target_file(uri: str) -> str:
+    """A file to write, absolute; PreflightError, before any work, where its folder takes none."""
+    place = storage.absolute(uri)
+    storage.check_writable(storage.parent_of(place))
+    return place
 
 
 def read_spec(path: str) -> dict[str, Any]:

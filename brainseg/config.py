@@ -16,6 +16,7 @@ from brainseg.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Width = Annotated[int, Field(ge=1)]
+LesionPreset = Literal["glioma", "meningioma", "metastasis"]
 C = TypeVar("C", bound="Config")
 
 
@@ -144,11 +145,16 @@ class TrainConfig(Config):
 class SegmentConfig(Config):
     """Everything that changes a run's answers, and nothing that does not."""
 
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["chosen"] = 0.5
+    """`chosen`: what a sweep over the model's validation patients has recorded in the model."""
     flip: Annotated[bool, Field(description="average with the left-right mirrored slice (test-time augmentation)")] = False
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     thumbnails: bool = True
     score: Annotated[bool, Field(description="score against labels where the manifest has them")] = True
+    lesion_preset: Annotated[
+        LesionPreset,
+        Field(description="which tumour's BraTS 2023 rule the lesion-wise figures follow: dilation and the smallest lesion"),
+    ] = "glioma"
 
 
 class How(Config):
@@ -159,6 +165,7 @@ class How(Config):
         Literal["fused", "apart"] | None, Field(description="where decoding happens; null: by what the cluster has")
     ] = None
     actors: Annotated[int | None, Field(ge=1, description="inference processes; null: one per GPU, or one per core")] = None
+    scan_seconds: Annotated[float, Field(gt=0, description="reading one scan may take this long before it is given up")] = 300.0
     dry_run: bool = False
 
 
@@ -185,15 +192,30 @@ def build(kind: type[C], values: Mapping[str, Any], source: str) -> C:
 
 def _first_problem(kind: type[Config], error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(p) for p in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg']}" if where else first["msg"]
+        where = _key(kind, first["loc"])
+        said = dict.fromkeys(e["msg"] for e in error.errors() if _key(kind, e["loc"]) == where)
+        return f"{where}: {', or: '.join(said)}" if where else first["msg"]
+    where = ".".join(str(p) for p in first["loc"])
     owner: type[BaseModel] = kind
     for part in first["loc"][:-1]:
         annotation = owner.model_fields[str(part)].annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             owner = annotation
     return f"unknown key '{where}'; valid here: {', '.join(owner.model_fields)}"
+
+
+def _key(kind: type[BaseModel], loc: Sequence[int | str]) -> str:
+    """The dotted key of an error's place, without the arm of a union that pydantic appends to it."""
+    out: list[str] = []
+    owner: object = kind
+    for part in loc:
+        fields = owner.model_fields if isinstance(owner, type) and issubclass(owner, BaseModel) else {}
+        if isinstance(part, str) and part not in fields:
+            break
+        out.append(str(part))
+        owner = fields[part].annotation if isinstance(part, str) else None
+    return ".".join(out)
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

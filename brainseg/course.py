@@ -21,13 +21,17 @@ from torch import Tensor
 
 from brainseg import cache, learn, manifest, storage
 from brainseg.config import SegmentConfig
-from brainseg.errors import BrainsegError, ScanError, StorageError
-from brainseg.held_out import measure
+from brainseg.errors import BrainsegError, Code, ScanError, StorageError
+from brainseg.held_out import baselines_table, figures, metrics_table
 from brainseg.model import Model, ModelCard
+from brainseg.prepare import select_modalities
 from brainseg.scans import Scan, load_scan
 from brainseg.scoring import mean_dice, segment_and_score
 from brainseg.unet import UNet
 
+HELD_OUT_FILE = "held_out.parquet"
+BASELINES_FILE = "baselines.parquet"
+FAILED_FILE = "held_out_failed.json"
 SCANS_PER_PREDICT = 8
 SHELF_BYTES = 2 << 30
 """Validation scans are kept decoded in a worker's memory up to this much."""
@@ -47,10 +51,14 @@ def worker_loop(job: dict[str, Any]) -> None:
 
 
 class Shelf:
-    """Whole scans of one worker's part, decoded once and kept while they fit in memory."""
+    """Whole scans of one worker's part, decoded once and kept while they fit in memory.
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
+    `failures` names each scan that could not be used, with code and message.
+    """
+
+    def __init__(self, rows: Sequence[Row], modalities: Sequence[str]) -> None:
+        self.rows, self.modalities = rows, modalities
+        self.failures: dict[str, dict[str, str]] = {}
         self._kept: dict[int, Scan | None] = {}
         self._bytes = 0
 
@@ -70,13 +78,20 @@ class Shelf:
     def _get(self, number: int) -> Scan | None:
         if number in self._kept:
             return self._kept[number]
-        try:
-            scan: Scan | None = load_scan(self.rows[number])
-        except (ScanError, StorageError):
-            scan = None
+        scan = self._read(self.rows[number])
         size = 0 if scan is None else scan.image.nbytes
         if self._bytes + size <= SHELF_BYTES:
             self._kept[number], self._bytes = scan, self._bytes + size
+        return scan
+
+    def _read(self, row: Row) -> Scan | None:
+        try:
+            scan = load_scan(row)
+            select_modalities(scan, self.modalities)
+        except (ScanError, StorageError) as error:
+            code = error.code if isinstance(error, ScanError) else Code.UNREADABLE
+            self.failures[row["scan_id"]] = {"scan_id": row["scan_id"], "code": str(code), "message": str(error)}
+            return None
         return scan
 
 
@@ -87,7 +102,7 @@ class Course:
         self.work, self.card, self.learner, self.samples = work, card, learner, samples
         part = "validation" if card.split.validation else "test"
         rows = manifest.read_manifest(storage.join(work, f"{part}.parquet")).to_pylist()
-        self.shelf = Shelf(rows[learner.worker.rank :: learner.worker.count])
+        self.shelf = Shelf(rows[learner.worker.rank :: learner.worker.count], card.modalities)
         network = UNet(card.network, len(card.modalities), len(card.regions))
         self.validated = Model(card, network, "", learner.device, SegmentConfig())
         self.best: dict[str, Tensor] = {k: v.clone() for k, v in learner.best_guess().items()}
@@ -172,15 +187,21 @@ class Course:
         """Measure the best weights on the held-out fold; the first worker leaves weights and result for the driver."""
         self.validated.network.load_state_dict(self.best)
         rows = manifest.read_manifest(storage.join(self.work, "test.parquet")).to_pylist()
-        mine = Shelf(rows[self.learner.worker.rank :: self.learner.worker.count])
+        mine = Shelf(rows[self.learner.worker.rank :: self.learner.worker.count], self.card.modalities)
         scored = self._gather(mine.scored(self.validated))
+        failed = self._gather(list(mine.failures.values()))
         if self.learner.worker.rank == 0:
             storage.write_bytes(
                 storage.join(self.work, "best.safetensors"),
                 save_tensors({k: v.cpu().contiguous() for k, v in self.best.items()}),
             )
             train_rows = manifest.read_manifest(storage.join(self.work, "train.parquet")).to_pylist()
-            result = {"state": self.state, **measure(scored, train_rows, rows, self.card)}
+            metrics, baselines = metrics_table(scored), baselines_table(train_rows, rows, scored, self.card)
+            storage.write_table(storage.join(self.work, HELD_OUT_FILE), metrics, row_group_rows=65536)
+            storage.write_table(storage.join(self.work, BASELINES_FILE), baselines, row_group_rows=65536)
+            storage.write_json(storage.join(self.work, FAILED_FILE), sorted(failed, key=lambda f: str(f["scan_id"])))
+            scans = {"found": len(rows), "scored": len(set(metrics["scan_id"].to_pylist())), "failed": len(failed)}
+            result = {"state": self.state, "held_out_scans": scans, **figures(metrics, baselines)}
             storage.write_json(storage.join(self.work, "result.json"), result)
         ray.train.report({"done": True})
 

@@ -8,10 +8,11 @@ BrainsegError
 ├── ScanError                 one scan cannot be used; it becomes a quarantine row, the job goes on     exit 3
 ├── StorageError              an object could not be listed, read or written
 ├── RunError                  a run folder contradicts itself or belongs to another model or config     exit 2
+├── ClusterError              Ray, or a machine under it, died or stands still                          exit 1
 └── FailureLimitError         more scans failed than `--max-failures` allows                            exit 4
 
 Foreign exceptions (nibabel, Pillow, tifffile, h5py, botocore, pyarrow) are translated where they arise: in
-`formats/` and `storage.py`. Callers know only the ones above.
+`formats/` and `storage/`. Callers know only the ones above.
 """
 
 from enum import IntEnum, StrEnum
@@ -44,24 +45,29 @@ class Code(StrEnum):
     CORRUPT_GZIP = "CORRUPT_GZIP"
     DUPLICATE_CONTENT = "DUPLICATE_CONTENT"
     DUPLICATE_ID = "DUPLICATE_ID"
+    DUPLICATE_SLICE = "DUPLICATE_SLICE"
     EMPTY_FILE = "EMPTY_FILE"
     EMPTY_MASK = "EMPTY_MASK"
     EMPTY_VOLUME = "EMPTY_VOLUME"
     EXIF_ROTATION = "EXIF_ROTATION"
     INTERNAL = "INTERNAL"
     INVERTED = "INVERTED"
+    LOSSY = "LOSSY"
     MASK_NOT_INTEGER = "MASK_NOT_INTEGER"
     MISSING_FILE = "MISSING_FILE"
     MISSING_KEY = "MISSING_KEY"
     MISSING_MODALITY = "MISSING_MODALITY"
     MISSING_SLICE = "MISSING_SLICE"
+    MIXED_SERIES = "MIXED_SERIES"
     MODALITY_SUSPECT = "MODALITY_SUSPECT"
     MULTI_PAGE = "MULTI_PAGE"
     NO_CHECKSUM = "NO_CHECKSUM"
+    NO_GEOMETRY = "NO_GEOMETRY"
     NO_ORIENTATION = "NO_ORIENTATION"
     NON_FINITE = "NON_FINITE"
     NOT_3D = "NOT_3D"
     NOT_A_FILE = "NOT_A_FILE"
+    NOT_DICOM = "NOT_DICOM"
     NOT_GREY = "NOT_GREY"
     NOT_HDF5 = "NOT_HDF5"
     NOT_IMAGE = "NOT_IMAGE"
@@ -70,14 +76,31 @@ class Code(StrEnum):
     OUTLIER = "OUTLIER"
     OUTSIDE_ROOT = "OUTSIDE_ROOT"
     PALETTE = "PALETTE"
+    PHI = "PHI"
+    PREAMBLE = "PREAMBLE"
     SHAPE_MISMATCH = "SHAPE_MISMATCH"
     SPACING = "SPACING"
+    TIMEOUT = "TIMEOUT"
     TOO_LARGE = "TOO_LARGE"
     TRAILING_DATA = "TRAILING_DATA"
     TRUNCATED = "TRUNCATED"
     UNREADABLE = "UNREADABLE"
+    UNSAFE_PICKLE = "UNSAFE_PICKLE"
     UNSUPPORTED = "UNSUPPORTED"
+    WORKER_DIED = "WORKER_DIED"
     WRONG_EXTENSION = "WRONG_EXTENSION"
+
+
+MAX_LINE = 2000
+"""Characters of one line about a scan; names of 300 characters must not make a table of megabytes."""
+
+
+def one_line(text: str) -> str:
+    """Text as one line that is safe in a terminal, a log, JSON and Parquet: control characters and odd bytes escaped."""
+    line = " ".join(text.split())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= MAX_LINE else line[: MAX_LINE - 3] + "..."
 
 
 class BrainsegError(Exception):
@@ -114,6 +137,10 @@ class RunError(BrainsegError):
     exit_code = ExitCode.USAGE
 
 
+class ClusterError(BrainsegError):
+    """Ray, or a machine under it, died or stands still. What was finished stays finished."""
+
+
 class FailureLimitError(BrainsegError):
     """More scans failed than `--max-failures` allows."""
 
@@ -130,7 +157,7 @@ class ScanError(BrainsegError):
 
     def __init__(self, code: Code, message: str) -> None:
         self.code = code
-        self.message = " ".join(message.split())
+        self.message = one_line(message)
         super().__init__(self.message)
 
     def __reduce__(self) -> tuple[type["ScanError"], tuple[Code, str]]:

@@ -6,7 +6,6 @@ mask lies on slice k of the image; a scan of one slice is `<scan_id>.png`. PNG v
 only background and tumour, so that a viewer shows something; the label values themselves otherwise.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -15,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainseg import storage
-from brainseg.errors import RunError, UsageError
-from brainseg.formats.images import read_image, write_png
-from brainseg.formats.nifti import read_nifti, write_nifti
+from brainseg.errors import UsageError
+from brainseg.formats.images import write_png
+from brainseg.formats.nifti import write_nifti
 from brainseg.geometry import Grid
+from brainseg.masks import check_mask, decode_mask
 from brainseg.regions import LABEL_MAPS
 
 Format = Literal["nifti", "png"]
@@ -68,16 +68,8 @@ def _segmented(run_uri: str) -> Iterator[Row]:
         for batch in storage.read_table(entry.uri, COLUMNS).to_batches(max_chunksize=ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 if row["status"] == "ok" and row["mask"] is not None:
-                    _check_hash(row, entry.uri)
+                    check_mask(row, entry.uri)
                     yield row
-
-
-def _check_hash(row: Row, part: str) -> None:
-    found = hashlib.sha256(row["mask"]).hexdigest()
-    if found != row["mask_sha256"]:
-        raise RunError(
-            f"{part}: the mask of {row['scan_id']} has sha256 {found[:12]}, its row says {str(row['mask_sha256'])[:12]}"
-        )
 
 
 def file_name(scan_id: str) -> str:
@@ -88,13 +80,13 @@ def file_name(scan_id: str) -> str:
 def _write_nifti(out: str, row: Row, meaning: str) -> None:
     data = row["mask"]
     if row["mask_encoding"] == "png":
-        mask = _voxels(row)
+        mask = decode_mask(row)
         data = write_nifti(mask, Grid.of(mask.shape))
     storage.write_bytes(storage.join(out, f"{file_name(row['scan_id'])}.nii.gz"), data)
 
 
 def _write_pngs(out: str, row: Row, meaning: str) -> None:
-    mask, stem = _visible(_voxels(row), meaning), file_name(row["scan_id"])
+    mask, stem = _visible(decode_mask(row), meaning), file_name(row["scan_id"])
     names = slice_names(stem, len(mask))
     for name, plane in zip(names, mask, strict=True):
         storage.write_bytes(storage.join(out, name), write_png(np.ascontiguousarray(plane)))
@@ -105,14 +97,6 @@ def slice_names(stem: str, depth: int) -> Sequence[str]:
     if depth == 1:
         return [f"{stem}.png"]
     return [f"{stem}_{k:0{len(str(depth - 1))}d}.png" for k in range(depth)]
-
-
-def _voxels(row: Row) -> NDArray[np.uint8]:
-    """The mask as (D, H, W) in label values."""
-    name = f"mask of {row['scan_id']}"
-    if row["mask_encoding"] == "png":
-        return read_image(row["mask"], name)[0][None].astype(np.uint8)
-    return read_nifti(row["mask"], name).array.astype(np.uint8)
 
 
 def _visible(mask: NDArray[np.uint8], meaning: str) -> NDArray[np.uint8]:

@@ -5,54 +5,78 @@ Every scan becomes a row, an unusable one with its problem. A job reads the tabl
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from brainseg.errors import LeakageError, PreflightError, StorageError, UsageError
-from brainseg.layouts import FoundScan, Inventory, Layout, brats, figshare, h5slices, id_fault, lgg
+from brainseg.audit import Audit
+from brainseg.errors import PreflightError, StorageError, UsageError
+from brainseg.folds import FoldPlan, deal
+from brainseg.layouts import FoundScan, Inventory, Layout, Source, brats, dicom, figshare, h5slices, id_fault, lgg, sliced
 from brainseg.regions import label_map as look_up_label_map
 from brainseg.storage import Entry, absolute, exists, is_dir, is_remote, list_files, name_of, read_table, write_table
-from brainseg.tables import MANIFEST, SOURCE
+from brainseg.tables import MANIFEST, SOURCE, flat_sources, nested_sources
 
-LAYOUTS: Mapping[str, Layout] = {m.NAME: cast(Layout, m) for m in (lgg, figshare, brats, h5slices)}
+LAYOUTS: Mapping[str, Layout] = {m.NAME: cast(Layout, m) for m in (lgg, figshare, brats, h5slices, dicom)}
 CLEAR_LEAD = 10
 """A layout is the archive's own when ten times as many files bear its names as those of any other."""
 
 ROW_GROUP_ROWS = 65_536
+AUDIT_KEY = b"brainseg.audit"
+"""Where the Parquet file's own metadata holds the leakage audit of its folds, as JSON."""
+
+Unit = Literal["scan", "slice"]
 
 
-def index_archive(
+@dataclass(frozen=True)
+class Stock:
+    """What was found in an archive: its manifest (schema `tables.MANIFEST`), what was left aside, how its folds came about.
+
+    `stratified_by` is the attribute over whose values the folds are even, or None.
+    """
+
+    manifest: pa.Table
+    inventory: Inventory
+    folds: str
+    stratified_by: str | None
+
+
+def take_stock(
     root: str,
+    plan: FoldPlan,
     *,
     layout: str | None = None,
     dataset: str | None = None,
     label_map: str | None = None,
-    folds: int = 5,
-    seed: int = 0,
-    stratify: str | None = None,
-) -> tuple[pa.Table, Inventory]:
-    """List an archive and return its manifest (schema `tables.MANIFEST`) and what was left aside.
+    unit: Unit = "scan",
+) -> Stock:
+    """List an archive and deal its folds.
 
-    `dataset` and `label_map` override what the layout declares. Folds declared by the set's own table are kept; otherwise
-    patients are dealt into `folds`, evenly within each value of the attribute `stratify` where one is named.
+    `dataset` and `label_map` override what the layout declares. With the unit `slice` every slice of a stack is a scan of
+    its own, of the same patient.
 
-    Raises UsageError where the place holds nothing, or nothing that is recognised; LeakageError where declared folds
-    share a patient.
+    Raises UsageError where the place holds nothing, or nothing that is recognised, or where the plan of the folds cannot
+    be followed; LeakageError where folds share a patient.
     """
     if label_map is not None:
         look_up_label_map(label_map)
     root, entries = _listed(root)
     inventory = _layout_of(entries, root, layout).find(entries, root)
-    table = _table(inventory.scans, dataset, label_map)
-    declared = any(scan.fold is not None for scan in inventory.scans)
-    if declared:
-        check_no_shared_patients(table)
-        return table, inventory
-    return assign_folds(table, folds=folds, seed=seed, stratify=stratify), inventory
+    if unit == "slice":
+        inventory = sliced(inventory)
+    dealt = deal(_table(inventory.scans, dataset, label_map), plan)
+    return Stock(dealt.manifest, inventory, dealt.how, dealt.stratified_by)
+
+
+def index_archive(root: str, plan: FoldPlan | None = None, **options: Any) -> tuple[pa.Table, Inventory]:
+    """Return the manifest of an archive and what was left aside; `take_stock` in short, with its options."""
+    stock = take_stock(root, plan or FoldPlan(), **options)
+    return stock.manifest, stock.inventory
 
 
 def _listed(root: str) -> tuple[str, list[Entry]]:
@@ -109,69 +133,6 @@ def _ending(uri: str) -> str:
     return name[dot:][:20] if dot >= 0 else "without extension"
 
 
-# ---- folds -----------------------------------------------------------------------------------------------------------
-
-
-def patient_fold(patient_id: str, folds: int, seed: int) -> int:
-    """Return a patient's fold 0..folds-1 from a hash alone: the same in any archive, but only roughly balanced."""
-    return int(_hash(patient_id, seed)[:15], 16) % folds
-
-
-def assign_folds(
-    table: pa.Table, *, folds: int = 5, seed: int = 0, stratify: str | None = None, by_scan: bool = False
-) -> pa.Table:
-    """Deal patients into folds 0..folds-1, and every scan with its patient; replaces the column `fold`.
-
-    Patients are taken in the order of a hash of seed and id, stratum by stratum, and dealt in turn, so folds differ by at
-    most one patient. Scans of unknown patients get null, or with `by_scan` are dealt as if each were a patient of its
-    own: such folds may share patients. Raises UsageError for an attribute that no scan has.
-    """
-    if folds < 2:
-        raise UsageError(f"{folds} folds were asked for, expected 2 or more")
-    owners = _owners(table, by_scan=by_scan)
-    strata = _strata(table, owners, stratify)
-    order = sorted({o for o in owners if o is not None}, key=lambda o: (strata.get(o, ""), _hash(o, seed)))
-    fold_of = {owner: turn % folds for turn, owner in enumerate(order)}
-    column = pa.array([None if o is None else fold_of[o] for o in owners], pa.int32())
-    return table.set_column(table.schema.get_field_index("fold"), MANIFEST.field("fold"), column)
-
-
-def check_no_shared_patients(table: pa.Table) -> None:
-    """Raise LeakageError, naming one, when scans of a patient lie in different folds."""
-    fold_of: dict[str, int] = {}
-    for patient, fold in zip(table["patient_id"].to_pylist(), table["fold"].to_pylist(), strict=True):
-        if patient is not None and fold is not None and fold_of.setdefault(patient, fold) != fold:
-            raise LeakageError(
-                f"patient '{patient}' lies in folds {fold_of[patient]} and {fold}; folds must not share patients"
-            )
-
-
-def _owners(table: pa.Table, *, by_scan: bool) -> list[str | None]:
-    patients: list[str | None] = table["patient_id"].to_pylist()
-    if not by_scan:
-        return patients
-    return [f"scan {s}" if p is None else p for p, s in zip(patients, table["scan_id"].to_pylist(), strict=True)]
-
-
-def _strata(table: pa.Table, owners: Sequence[str | None], attribute: str | None) -> dict[str, str]:
-    """Return owner -> value of an attribute; the smallest where an owner's scans differ."""
-    if attribute is None:
-        return {}
-    values = [dict(pairs or ()).get(attribute) for pairs in table["attributes"].to_pylist()]
-    strata: dict[str, str] = {}
-    for owner, value in zip(owners, values, strict=True):
-        if owner is not None and value is not None:
-            strata[owner] = min(value, strata.get(owner, value))
-    if not strata:
-        known = sorted({key for pairs in table["attributes"].to_pylist() for key, _ in pairs or ()})
-        raise UsageError(f"no scan has the attribute '{attribute}' to stratify by; there are: {', '.join(known) or 'none'}")
-    return strata
-
-
-def _hash(name: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
-
-
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -203,10 +164,8 @@ def _table(scans: Sequence[FoundScan], dataset: str | None, label_map: str | Non
 
 def _sources(scans: Sequence[FoundScan]) -> pa.Array:
     flat = [source for scan in scans for source in scan.sources]
-    fields = [SOURCE.field(i) for i in range(SOURCE.num_fields)]
-    parts = [pa.array([getattr(source, field.name) for source in flat], field.type) for field in fields]
-    offsets = _offsets(len(scan.sources) for scan in scans)
-    return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(parts, fields=fields))
+    parts = {f.name: pa.array([getattr(s, f.name) for s in flat], SOURCE.field(f.name).type) for f in fields(Source)}
+    return nested_sources((len(scan.sources) for scan in scans), parts)
 
 
 def _attributes(scans: Sequence[FoundScan]) -> pa.Array:
@@ -225,9 +184,33 @@ def _offsets(lengths: Iterable[int]) -> pa.Array:
 # ---- reading and writing ---------------------------------------------------------------------------------------------
 
 
-def write_manifest(uri: str, table: pa.Table) -> None:
-    """Write a manifest. Raises UsageError when it is none."""
-    write_table(uri, _checked(table, uri), row_group_rows=ROW_GROUP_ROWS)
+def write_manifest(uri: str, table: pa.Table, audit: Audit | None = None) -> None:
+    """Write a manifest, with the audit of its folds where there is one. Raises UsageError when it is none."""
+    checked = _checked(table, uri)
+    if audit is not None:
+        noted = json.dumps({"of": _digest_of_sides(checked), "audit": audit.to_json()}, ensure_ascii=False)
+        checked = checked.replace_schema_metadata({**MANIFEST.metadata, AUDIT_KEY: noted.encode()})
+    write_table(uri, checked, row_group_rows=ROW_GROUP_ROWS)
+
+
+def recorded_audit(uri: str) -> Audit | None:
+    """Return the leakage audit that stands in a manifest, or None: there is none, or scans or folds have changed since."""
+    try:
+        table = read_table(uri, ["scan_id", "patient_id", "fold"])
+    except StorageError as error:
+        raise UsageError(f"not a manifest: {error}") from error
+    noted = (table.schema.metadata or {}).get(AUDIT_KEY)
+    try:
+        body = json.loads(noted or b"null")
+        return Audit.from_json(body["audit"]) if body and body["of"] == _digest_of_sides(table) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _digest_of_sides(table: pa.Table) -> str:
+    """sha256 over whose scan lies in which fold: what an audit is of."""
+    columns = [table[name].to_pylist() for name in ("scan_id", "patient_id", "fold")]
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
 
 def read_manifest(uri: str) -> pa.Table:
@@ -269,16 +252,15 @@ def _conformed(column: pa.ChunkedArray, field: pa.Field, uri: str) -> pa.Array:
 
 
 def _cast_sources(array: pa.Array) -> pa.Array:
-    """Cast field by field: other writers declare every field nullable, which Arrow will not cast as a whole."""
+    """Cast field by field: other writers declare every field nullable, and earlier versions knew fewer of them."""
     if array.type == MANIFEST.field("sources").type:
         return array
     if array.null_count:
         return array  # refused by the caller, which counts nulls
     flat = array.flatten()
-    fields = [SOURCE.field(i) for i in range(SOURCE.num_fields)]
-    parts = [pc.struct_field(flat, field.name).cast(field.type) for field in fields]
-    values = pa.StructArray.from_arrays(parts, fields=fields)
-    return pa.ListArray.from_arrays(_offsets(pc.list_value_length(array).to_pylist()), values)
+    there = {flat.type.field(i).name for i in range(flat.type.num_fields)}
+    parts = {name: pc.struct_field(flat, name) for name in SOURCE.names if name in there or not SOURCE.field(name).nullable}
+    return nested_sources(pc.list_value_length(array).to_pylist(), parts)
 
 
 def _check_ids(ids: pa.ChunkedArray, uri: str) -> None:
@@ -301,9 +283,8 @@ def fingerprint(table: pa.Table) -> str:
 
 
 def _fingerprinted(table: pa.Table) -> Iterator[list[str]]:
-    sources = table["sources"]
-    flat = pc.list_flatten(sources)
+    _, files = flat_sources(table["sources"])
     yield table["scan_id"].to_pylist()
-    yield [str(n) for n in pc.list_value_length(sources).to_pylist()]
+    yield [str(n) for n in pc.list_value_length(table["sources"]).to_pylist()]
     for name in ("uri", "size_bytes", "tag"):
-        yield ["" if value is None else str(value) for value in pc.struct_field(flat, name).to_pylist()]
+        yield ["" if value is None else str(value) for value in files.field(name).to_pylist()]

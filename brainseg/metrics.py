@@ -3,43 +3,31 @@
 It stands between the stored mask and the table: masks go in, the struct `tables.REGION` comes out, and `aggregate.py`
 turns many of those into a cohort's figures. Pure functions on boolean arrays (D, H, W).
 
-Conventions that other packages set differently:
-
-- *Surface*: the voxels of a mask that its erosion by face neighbours removes (6 in a volume, 4 in an image). Outside the
-  grid is background, so a mask that is cut by the border has surface there. As MONAI's `get_mask_edges`.
-- *HD95*: distances between voxel centres, linear percentile of each direction, then the larger of the two. As MONAI;
-  medpy pools both directions first, surface-distance weighs surface elements: other numbers.
-- *NSD*: voxels of both surfaces within the tolerance of the other surface, over all voxels of both. As MONAI's
-  `compute_surface_dice` without subvoxels.
-- A scan of one slice (D == 1) is an image: erosion, distances and components stay in the plane.
+A scan of one slice (D == 1) is an image: surfaces, distances and lesions stay in the plane. What a surface is and how its
+distances are taken stands in `surfaces.py`, what a lesion is in `lesions.py`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import cc3d
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt
-from scipy.spatial import KDTree
 
+from brainseg.config import LesionPreset
 from brainseg.errors import Code, ScanError
 from brainseg.geometry import Grid
+from brainseg.lesions import LESION_RULES, LESIONWISE, components, count_lesions, match_lesions
 from brainseg.regions import LabelMap
+from brainseg.surfaces import Pair, surface_pair
 
 Mask = NDArray[np.bool_]
+Spacing = tuple[float, float, float]
 Box = tuple[slice, slice, slice]
 State = Literal["both", "missed", "spurious", "both_empty", "no_label"]
 
 TRUST_FROM_NETWORK = ("mean_probability", "mean_entropy", "outside_head_fraction")
 """Keys of `tables.REGION` that no mask can tell; whoever holds the probabilities adds them."""
-
-TOLERANCE_SLACK = 1e-4
-"""Added to an NSD tolerance: a spacing read from float32 is 1.0000001 mm as often as 1, and both are 1 mm."""
-
-TREE_LIMIT = 150_000
-"""With more surface voxels than this, or than a tenth of the crop, a distance transform overtakes the KD-tree."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +42,10 @@ class Frame:
         """Voxels of the whole scan, which true negatives are counted over."""
         return int(np.prod(self.shape))
 
+    def seen(self, mask: Mask) -> Mask:
+        """A crop (D, H, W) as distances and lesions see it: of a scan of one slice the image (H, W)."""
+        return mask[0] if self.shape[0] == 1 and mask.size else mask
+
     def inside(self, box: Box) -> "Frame":
         """The frame of a crop of this crop."""
         d, h, w = (first + part.start for first, part in zip(self.start, box, strict=True))
@@ -66,11 +58,14 @@ def score_scan(
     label_map: LabelMap,
     regions: Sequence[str],
     grid: Grid,
+    *,
+    lesions: LesionPreset | None = "glioma",
 ) -> list[dict[str, Any]]:
     """Score every region of one scan from its label and predicted label volume (D, H, W), both in the map's values.
 
-    One entry per region, in order, with the keys of `score_region`. Raises ScanError SHAPE_MISMATCH unless label,
-    prediction and grid have one shape.
+    One entry per region, in order, with the keys of `score_region`. With `lesions` None the lesion-wise figures, which
+    take about as long as all others, are None. Raises ScanError SHAPE_MISMATCH unless label, prediction and grid have one
+    shape.
     """
     _check_shapes("scan", prediction, grid.shape)
     if label is not None:
@@ -80,14 +75,16 @@ def score_scan(
     predictions = label_map.masks(prediction[box], regions)
     labels = [None] * len(regions) if label is None else label_map.masks(label[box], regions)
     scored = zip(regions, labels, predictions, strict=True)
-    return [_score(region, truth, mask, grid.spacing_mm, frame) for region, truth, mask in scored]
+    return [_score(region, truth, mask, grid.spacing_mm, frame, lesions) for region, truth, mask in scored]
 
 
 def score_region(
     region: str,
     label: Mask | None,
     prediction: Mask,
-    spacing_mm: tuple[float, float, float] | None,
+    spacing_mm: Spacing | None,
+    *,
+    lesions: LesionPreset | None = "glioma",
 ) -> dict[str, Any]:
     """Score one region: masks (D, H, W) on the native grid, spacing along (D, H, W) or None where unknown.
 
@@ -98,7 +95,8 @@ def score_region(
     if label is not None:
         _check_shapes(region, label, prediction.shape)
         label = label.astype(np.bool_, copy=False)
-    return _score(region, label, prediction.astype(np.bool_, copy=False), spacing_mm, Frame((depth, height, width)))
+    prediction, frame = prediction.astype(np.bool_, copy=False), Frame((depth, height, width))
+    return _score(region, label, prediction, spacing_mm, frame, lesions)
 
 
 def _check_shapes(what: str, array: NDArray[Any], expected: tuple[int, ...]) -> None:
@@ -107,7 +105,12 @@ def _check_shapes(what: str, array: NDArray[Any], expected: tuple[int, ...]) -> 
 
 
 def _score(
-    region: str, label: Mask | None, prediction: Mask, spacing_mm: tuple[float, float, float] | None, frame: Frame
+    region: str,
+    label: Mask | None,
+    prediction: Mask,
+    spacing_mm: Spacing | None,
+    frame: Frame,
+    lesions: LesionPreset | None,
 ) -> dict[str, Any]:
     """Score masks that are a crop of the scan; all that lies outside the crop is background in both."""
     box = _occupied(prediction if label is None else label | prediction)
@@ -116,15 +119,16 @@ def _score(
     label = None if label is None else label[box]
     counts = _counts(label, prediction, frame.num_voxels)
     state = _state(counts["label_voxels"], counts["prediction_voxels"])
-    flat = frame.shape[0] == 1
+    truth, answer = None if label is None else frame.seen(label), frame.seen(prediction)
+    pair = None if truth is None or state != "both" else _surfaces(truth, answer, spacing_mm)
     return {
         "region": region,
         "state": state,
         **counts,
         **_volumes(counts["label_voxels"], counts["prediction_voxels"], spacing_mm),
         **_overlap(state, counts),
-        **_distances(state, label, prediction, spacing_mm, flat=flat),
-        **_lesions(label, prediction, flat=flat),
+        **_distances(state, pair, spacing_mm),
+        **_lesions(truth, answer, pair, spacing_mm, lesions),
         "touches_border": _touches_border(prediction, frame),
     }
 
@@ -170,9 +174,7 @@ def _state(label_voxels: int | None, prediction_voxels: int | None) -> State:
     return "spurious" if prediction_voxels else "both_empty"
 
 
-def _volumes(
-    labelled: int | None, predicted: int | None, spacing_mm: tuple[float, float, float] | None
-) -> dict[str, float | None]:
+def _volumes(labelled: int | None, predicted: int | None, spacing_mm: Spacing | None) -> dict[str, float | None]:
     voxel_mm3 = None if spacing_mm is None else float(np.prod(spacing_mm))
     error = None if labelled is None or predicted is None else predicted - labelled
     return {
@@ -207,103 +209,37 @@ def _overlap(state: State, counts: Mapping[str, int | None]) -> dict[str, float 
     }
 
 
-# --- surface distances ----------------------------------------------------------------------------------------------
+# --- surface distances, lesions, border -----------------------------------------------------------------------------
 
 
-def _distances(
-    state: State, label: Mask | None, prediction: Mask, spacing_mm: Sequence[float] | None, *, flat: bool
-) -> dict[str, float | None]:
+def _surfaces(label: Mask, prediction: Mask, spacing_mm: Spacing | None) -> Pair:
+    """The surfaces of both in mm, or in pixels where the spacing is unknown."""
+    return surface_pair(label, prediction, (spacing_mm or (1.0, 1.0, 1.0))[-label.ndim :])
+
+
+def _distances(state: State, pair: Pair | None, spacing_mm: Spacing | None) -> dict[str, float | None]:
     """HD95 and NSD in the columns of their unit; the other unit's columns are None."""
-    used, unused = ("px", "mm") if spacing_mm is None else ("mm", "px")
-    names = ("hd95_{}", "nsd_1{}", "nsd_2{}")
-    out: dict[str, float | None] = dict.fromkeys(name.format(unused) for name in names)
     figures: tuple[float | None, float | None, float | None] = (None, None, None)
     if state in ("missed", "spurious"):
         figures = (float("inf"), 0.0, 0.0)
-    elif state == "both" and label is not None:
-        spacing = tuple(spacing_mm or (1.0, 1.0, 1.0))
-        pair = (label, prediction, spacing) if not flat else (label[0], prediction[0], spacing[1:])
-        figures = _hd95_and_nsd(*pair)
-    out.update(zip((name.format(used) for name in names), figures, strict=True))
-    return {name.format(unit): out[name.format(unit)] for name in names for unit in ("mm", "px")}
+    elif pair is not None:
+        figures = (pair.hd95, pair.nsd(1), pair.nsd(2))
+    names, used = ("hd95_{}", "nsd_1{}", "nsd_2{}"), "px" if spacing_mm is None else "mm"
+    known = {name.format(used): figure for name, figure in zip(names, figures, strict=True)}
+    return {name.format(unit): known.get(name.format(unit)) for name in names for unit in ("mm", "px")}
 
 
-def _hd95_and_nsd(label: Mask, prediction: Mask, spacing: tuple[float, ...]) -> tuple[float, float, float]:
-    """95 % Hausdorff distance and surface Dice at 1 and 2, in the unit of the spacing, of two masks that are not empty."""
-    surfaces = _surface(label), _surface(prediction)
-    both = [_directed(surfaces[a], surfaces[b], spacing) for a, b in ((0, 1), (1, 0))]
-    hd95 = max(float(np.percentile(distances, 95)) for distances in both)
-    merged = np.concatenate(both)
-    near = [float(np.mean(merged <= tolerance + TOLERANCE_SLACK)) for tolerance in (1, 2)]
-    return hd95, near[0], near[1]
-
-
-def _surface(mask: Mask) -> Mask:
-    """Voxels of a mask, 2-D or 3-D, with a face neighbour outside it; beyond the array is outside."""
-    padded = np.pad(mask, 1)
-    middle = (slice(1, -1),) * mask.ndim
-    inner = mask.copy()
-    for axis in range(mask.ndim):
-        for shifted in (slice(None, -2), slice(2, None)):
-            inner &= padded[(*middle[:axis], shifted, *middle[axis + 1 :])]
-    return mask ^ inner
-
-
-def _directed(source: Mask, target: Mask, spacing: tuple[float, ...]) -> NDArray[np.float64]:
-    """Distances from every voxel of one surface to the nearest of the other, in no order.
-
-    A voxel on both surfaces is at distance 0 and is not looked up, but keeps its place among the values.
-    """
-    own = source & ~target
-    distances = np.zeros(np.count_nonzero(source), np.float64)
-    num_own = np.count_nonzero(own)
-    if num_own:
-        crowded = num_own + np.count_nonzero(target) > min(TREE_LIMIT, source.size // 10)
-        distances[:num_own] = (_by_transform if crowded else _by_tree)(own, target, spacing)
-    return distances
-
-
-def _by_tree(own: Mask, target: Mask, spacing: tuple[float, ...]) -> NDArray[np.float64]:
-    """Distance from each voxel of `own` to the nearest of `target`: the time goes by the number of voxels."""
-    tree = KDTree(np.argwhere(target) * spacing, balanced_tree=False, compact_nodes=False)
-    return np.atleast_1d(tree.query(np.argwhere(own) * spacing)[0])
-
-
-def _by_transform(own: Mask, target: Mask, spacing: tuple[float, ...]) -> NDArray[np.float64]:
-    """The same by a transform of the whole crop: the time goes by the crop's size alone."""
-    found: NDArray[np.float64] = distance_transform_edt(~target, sampling=spacing)[own]
-    return found
-
-
-# --- lesions and border ---------------------------------------------------------------------------------------------
-
-
-def _lesions(label: Mask | None, prediction: Mask, *, flat: bool) -> dict[str, int | None]:
-    """Count components and which of them share a voxel with the other mask."""
-    predicted, num_predicted = _components(prediction, flat=flat)
-    sizes = np.bincount(predicted.ravel(), minlength=1)[1:]
-    out: dict[str, int | None] = dict.fromkeys(("lesions_label", "lesions_prediction", "lesions_found", "lesions_spurious"))
-    out |= {"lesions_prediction": num_predicted, "largest_lesion_voxels": int(sizes.max(initial=0))}
-    if label is not None:
-        labelled, num_labelled = _components(label, flat=flat)
-        shared = label & prediction
-        out["lesions_label"] = num_labelled
-        out["lesions_found"] = int(np.unique(labelled[shared]).size)
-        out["lesions_spurious"] = num_predicted - int(np.unique(predicted[shared]).size)
+def _lesions(
+    label: Mask | None, prediction: Mask, pair: Pair | None, spacing_mm: Spacing | None, preset: LesionPreset | None
+) -> dict[str, int | float | None]:
+    """The plain lesion figures, and the lesion-wise ones where a preset asks for them."""
+    labelled, predicted = None if label is None else components(label), components(prediction)
+    out = count_lesions(labelled, predicted) | dict.fromkeys(LESIONWISE)
+    if labelled is not None and preset is not None:
+        match = match_lesions(labelled, predicted, LESION_RULES[preset])
+        hd95_mm = None if spacing_mm is None else match.hd95_mm(pair)
+        out |= zip(LESIONWISE, (match.dice, hd95_mm, match.tp, match.fp, match.fn), strict=True)
     return out
-
-
-def _components(mask: Mask, *, flat: bool) -> tuple[NDArray[Any], int]:
-    """Number the components of a mask (D, H, W) from 1: 26-connected, or 8-connected in the plane of a single slice."""
-    if not mask.size:
-        return np.zeros(mask.shape, np.uint32), 0
-    # As bytes, copied: given booleans, cc3d 4.1.1 miscounts images and fails on lines of voxels.
-    bits = mask.astype(np.uint8, order="C")
-    if flat:
-        components, count = cc3d.connected_components(bits[0], connectivity=8, return_N=True)
-        return components[None], int(count)
-    components, count = cc3d.connected_components(bits, connectivity=26, return_N=True)
-    return components, int(count)
 
 
 def _touches_border(prediction: Mask, frame: Frame) -> bool:

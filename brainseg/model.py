@@ -6,7 +6,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +81,10 @@ class ModelCard(Config):
     accept_leakage: bool
     metrics: dict[str, Any]
     baselines: dict[str, Any] = Field(default_factory=dict)
+    audit: dict[str, Any] = Field(default_factory=dict)
+    """What the leakage audit found in the split: patients, contents and neighbouring slices on two sides."""
+    chosen: dict[str, Any] = Field(default_factory=dict)
+    """The threshold that a sweep over the validation patients chose, with its curve. Nothing uses it unasked."""
     train: TrainConfig
     training: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str]
@@ -115,17 +119,30 @@ class Model:
         Raises ScanError MISSING_MODALITY when a scan lacks what the network needs.
         """
         started = time.perf_counter()
-        context = self.card.network.context_slices
-        plans = [plan_scan(s, self.card.modalities, self.card.prepare, context) for s in scans]
-        stacks = [self._slices(scan, plan) for scan, plan in zip(scans, plans, strict=True)]
-        answers = torch.split(self._forward(torch.cat(stacks)), [len(s) for s in stacks])
-        out: list[Prediction] = []
-        for scan, plan, answer in zip(scans, plans, answers, strict=True):
-            shape = _crop_shape(scan)
-            probability = native_probabilities(answer, plan, shape[1], shape[2])  # (D, R, h, w)
-            out.append(self._finish(scan, probability.permute(1, 0, 2, 3)))
+        out = [self._finish(scan, probability) for scan, probability in zip(scans, self.probabilities(scans), strict=True)]
         seconds = (time.perf_counter() - started) / max(len(scans), 1)
         return [Prediction(p.label, p.trust, seconds) for p in out]
+
+    def probabilities(self, scans: Sequence[Scan]) -> Iterator[Tensor]:
+        """Yield each scan's region probabilities `(R, D, h, w)` on its crop in canonical orientation, one scan at a time.
+
+        Raises ScanError MISSING_MODALITY, before the first, when a scan lacks what the network needs.
+        """
+        context = self.card.network.context_slices
+        plans = [plan_scan(s, self.card.modalities, self.card.prepare, context) for s in scans]
+        with torch.inference_mode():
+            stacks = [self._slices(scan, plan) for scan, plan in zip(scans, plans, strict=True)]
+            answers = torch.split(self._forward(torch.cat(stacks)), [len(s) for s in stacks])
+        for scan, plan, answer in zip(scans, plans, answers, strict=True):
+            _, height, width = _crop_shape(scan)
+            with torch.inference_mode():
+                probability = native_probabilities(answer, plan, height, width)  # (D, R, h, w)
+            yield probability.permute(1, 0, 2, 3)
+
+    def paint(self, probability: Tensor, threshold: float) -> NDArray[np.uint8]:
+        """Threshold region probabilities `(R, ...)` and write them as one label in the values of the model's label map."""
+        masks = (probability > threshold).cpu().numpy()
+        return label_map(self.card.label_map).paint_label(masks, self.card.regions)
 
     def _slices(self, scan: Scan, plan: Plan) -> Tensor:
         crop, _ = select_modalities(scan, self.card.modalities)
@@ -154,10 +171,10 @@ class Model:
 
     def _finish(self, scan: Scan, probability: Tensor) -> Prediction:
         """Threshold `(R, D, h, w)`, paint, and put back on the native grid."""
-        masks = (probability > self.settings.threshold).cpu().numpy()
-        meaning = label_map(self.card.label_map)
-        painted = meaning.paint_label(masks, self.card.regions)
-        kept = torch.from_numpy(meaning.masks(painted, self.card.regions)).to(probability.device)
+        threshold = self.settings.threshold
+        assert isinstance(threshold, float), "`resolved` comes before"
+        painted = self.paint(probability, threshold)
+        kept = torch.from_numpy(label_map(self.card.label_map).masks(painted, self.card.regions)).to(probability.device)
         head = torch.from_numpy(_head(scan, self.card.modalities)).to(probability.device)
         trust = tuple(_trust(p, m, head) for p, m in zip(probability, kept, strict=True))
         return Prediction(uncrop(painted, scan.grid, scan.box), trust, 0.0)
@@ -220,8 +237,13 @@ def save_model(uri: str, card: ModelCard, weights: dict[str, Tensor]) -> ModelCa
     data = save_tensors({k: v.detach().cpu().contiguous() for k, v in weights.items()})
     card = card.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     storage.write_bytes(storage.join(uri, WEIGHTS), data)
-    storage.write_json(storage.join(uri, CARD), card.model_dump(mode="json"))
+    save_card(uri, card)
     return card
+
+
+def save_card(uri: str, card: ModelCard) -> None:
+    """Write the card alone, whole or not at all; the weights stay as they are."""
+    storage.write_json(storage.join(uri, CARD), card.model_dump(mode="json"))
 
 
 def load_card(uri: str) -> ModelCard:
@@ -235,6 +257,16 @@ def load_card(uri: str) -> ModelCard:
     except ValidationError as error:
         first = error.errors()[0]
         raise PreflightError(f"{uri}/{CARD}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def resolved(settings: SegmentConfig, card: ModelCard) -> SegmentConfig:
+    """The settings with `threshold: chosen` as the number that the model records; PreflightError where it records none."""
+    if settings.threshold != "chosen":
+        return settings
+    if "threshold" not in card.chosen:
+        way = "run `brainseg evaluate RUN --threshold-sweep` first, or give a number"
+        raise PreflightError(f"model '{card.name}' records no chosen threshold; {way}")
+    return settings.model_copy(update={"threshold": float(card.chosen["threshold"])})
 
 
 def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = None) -> Model:
@@ -253,4 +285,4 @@ def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = 
         reason = " ".join(str(error).split())[:300]
         raise PreflightError(f"{uri}/{WEIGHTS}: does not fit the architecture in {CARD}: {reason}") from error
     chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(card, network, fingerprint_of(card), chosen, settings)
+    return Model(card, network, fingerprint_of(card), chosen, resolved(settings, card))

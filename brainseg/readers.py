@@ -1,10 +1,12 @@
 """Readers: the files of a manifest row -> one array a modality on one grid, and the label as stored.
 
-How files become an image is the row's `reader`: `volumes` (a NIfTI a modality), `stack` (a picture a slice) or `h5slices`
-(an HDF5 file a slice, image and label together). What the values mean is for `scans` to check.
+How files become an image is the row's `reader`: `volumes` (a NIfTI a modality), `stack` (a picture a slice), `h5slices`
+(an HDF5 file a slice, image and label together) or `dicom` (a series a modality, the label a NIfTI). What the values mean is
+for `scans` to check.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainseg import storage
-from brainseg.errors import Code, ScanError, StorageError
+from brainseg.errors import Code, ScanError, StorageError, one_line
+from brainseg.formats import MAX_BYTES, Decoded
+from brainseg.formats.dicom import read_series
 from brainseg.formats.hdf5 import read_keys
 from brainseg.formats.images import read_image
 from brainseg.formats.nifti import read_nifti
@@ -29,38 +33,120 @@ Source = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """What a reader brings home: one `(D, H, W)` array per modality and the label as stored, on one grid."""
+    """What a reader brings home: one `(D, H, W)` array per modality and the label as stored, on one grid.
+
+    `label_names` are the label's files: one, or one a slice.
+    """
 
     volumes: Sequence[NDArray[Any]]
     grid: Grid
     label: NDArray[Any] | None = None
-    label_name: str = ""
+    label_names: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
+
+
+class _Room:
+    """How many bytes the arrays of one scan may still take: many files that are each modest are a bomb all the same."""
+
+    def __init__(self, scan_id: str) -> None:
+        self.scan_id = scan_id
+        self.left = MAX_BYTES
+
+    def take(self, array: NDArray[Any]) -> None:
+        """Count an array in. Raises ScanError TOO_LARGE where there is no room for it."""
+        self.left -= array.nbytes
+        if self.left < 0:
+            found = f"found voxels of over {MAX_BYTES:,} bytes"
+            raise ScanError(Code.TOO_LARGE, f"{self.scan_id}: {found}, expected fewer in all files of a scan")
 
 
 def read_files(row: Row, *, with_label: bool) -> Found:
     """Read and decode every file of a row, the label's only on request. Raises ScanError with the reason."""
+    listed = sum(source.get("size_bytes") or 0 for source in row["sources"])
+    if listed > MAX_BYTES:
+        raise ScanError(Code.TOO_LARGE, f"{row['scan_id']}: found files of {listed:,} bytes, expected at most {MAX_BYTES:,}")
     return _READERS[row["reader"]](row, with_label)
+
+
+def read_label(row: Row) -> tuple[NDArray[Any], Grid, tuple[str, ...]] | None:
+    """Read a row's label alone, as stored `(D, H, W)`, with its grid and file names; None where the row lists none.
+
+    The image's files are not touched: they may be gone. Raises ScanError with the reason.
+    """
+    if not row["has_label"]:
+        return None
+    if row["reader"] == "h5slices":
+        label, names = _h5_labels(row)
+        return label, Grid.of(label.shape), names
+    sources = _sources(row, "label")
+    if row["reader"] in ("volumes", "dicom"):
+        decoded = read_nifti(_read(sources[0]), _name(sources[0]))
+        return decoded.array, decoded.grid, (_name(sources[0]),)
+    stack = _read_slices(row, "label", 1, [])[0]
+    return stack, Grid.of(stack.shape), _names(_ordered(row, "label"))
+
+
+def _h5_labels(row: Row) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    values = [v for v in sorted(label_map(row["label_map"]).values) if v]
+    sources = _ordered(row, "both")
+    names = [_name(source) for source in sources]
+    planes = []
+    for name, data in zip(names, _fetch(sources), strict=True):
+        hot = read_keys(data, ["mask"], name)[0]["mask"]
+        planes.append(_from_one_hot(_transposed(hot, len(values), "mask", name), values, name)[None])
+    return _joined(planes, names)[0], tuple(names)
 
 
 def _read_volumes(row: Row, with_label: bool) -> Found:
     """One NIfTI a modality, all on one grid, the label too."""
     by_modality = {source["modality"]: source for source in _sources(row, "image")}
-    absent = [m for m in row["modalities"] if m not in by_modality]
+    _require_modalities(row, by_modality)
+    labels = _sources(row, "label")[:1] if with_label else []
+    sources = [*(by_modality[m] for m in row["modalities"]), *labels]
+    decoded, room = [], _Room(row["scan_id"])
+    for source, data in zip(sources, _fetch(sources), strict=True):
+        decoded.append(read_nifti(data, _name(source), room.left))
+        room.take(decoded[-1].array)
+    return _on_one_grid(row, decoded, labels)
+
+
+def _read_dicom(row: Row, with_label: bool) -> Found:
+    """One DICOM series a modality, all on one grid, the label a NIfTI on the same."""
+    by_modality: dict[str, list[Source]] = {}
+    for source in sorted(_sources(row, "image"), key=lambda source: source["index"]):
+        by_modality.setdefault(source["modality"], []).append(source)
+    _require_modalities(row, by_modality)
+    decoded, room = [], _Room(row["scan_id"])
+    for modality in row["modalities"]:
+        decoded.append(_read_series(row, modality, by_modality[modality]))
+        room.take(decoded[-1].array)
+    labels = _sources(row, "label")[:1] if with_label else []
+    decoded += [read_nifti(_read(source), _name(source), room.left) for source in labels]
+    return _on_one_grid(row, decoded, labels)
+
+
+def _read_series(row: Row, modality: str, sources: Sequence[Source]) -> Decoded:
+    files = [(_name(source), data) for source, data in zip(sources, _fetch(sources), strict=True)]
+    return read_series(files, f"{row['scan_id']}: {modality}")
+
+
+def _require_modalities(row: Row, there: Collection[str]) -> None:
+    absent = [m for m in row["modalities"] if m not in there]
     if absent:
         raise ScanError(
             Code.MISSING_MODALITY, f"{row['scan_id']}: found no file for {', '.join(absent)}, expected one a modality"
         )
-    labels = _sources(row, "label")[:1] if with_label else []
-    sources = [*(by_modality[m] for m in row["modalities"]), *labels]
-    decoded = [read_nifti(data, _name(s)) for s, data in zip(sources, _fetch(sources), strict=True)]
+
+
+def _on_one_grid(row: Row, decoded: Sequence[Decoded], labels: Sequence[Source]) -> Found:
+    """A volume a modality, then the label's where there is one; all must lie on one grid."""
     grids = dict(zip([*row["modalities"], *("label" for _ in labels)], [d.grid for d in decoded], strict=True))
     _require_one_grid(grids, row["scan_id"])
     return Found(
         volumes=[d.array for d in decoded[: len(row["modalities"])]],
         grid=decoded[0].grid,
         label=decoded[-1].array if labels else None,
-        label_name=_name(labels[0]) if labels else "",
+        label_names=_names(labels),
         warnings=[line for d in decoded for line in d.warnings],
     )
 
@@ -74,15 +160,16 @@ def _read_stack(row: Row, with_label: bool) -> Found:
     if label is not None and label.shape != image.shape[1:]:
         found = f"image slices {image.shape[1:]} and label slices {label.shape}"
         raise ScanError(Code.SHAPE_MISMATCH, f"{row['scan_id']}: found {found} (slices, rows, columns), expected the same")
-    return Found(list(image), Grid.of(image.shape[1:]), label, _name(labels[0]) if labels else "", warnings)
+    return Found(list(image), Grid.of(image.shape[1:]), label, _names(_ordered(row, "label") if labels else ()), warnings)
 
 
 def _read_slices(row: Row, role: str, channels: int, warnings: list[str]) -> NDArray[Any]:
     """Return `(C, D, H, W)` of all slices in one role."""
     planes: list[NDArray[Any]] = []
-    sources = _ordered(row, role)
+    sources, room = _ordered(row, role), _Room(row["scan_id"])
     for source, data in zip(sources, _fetch(sources), strict=True):
         pixels, odd = read_image(data, _name(source))
+        room.take(pixels)
         planes.append(_as_channels(pixels, channels, _name(source)))
         warnings.extend(odd)
     return _joined(planes, [_name(source) for source in sources])
@@ -109,12 +196,13 @@ def _read_h5slices(row: Row, with_label: bool) -> Found:
     planes: list[NDArray[Any]] = []
     masks: list[NDArray[Any]] = []
     warnings: list[str] = []
-    sources = _ordered(row, "both")
+    sources, room = _ordered(row, "both"), _Room(row["scan_id"])
     for source, data in zip(sources, _fetch(sources), strict=True):
         name = _name(source)
         arrays, odd = read_keys(data, ["image", "mask"] if wanted else ["image"], name)
         warnings.extend(odd)
         planes.append(_transposed(arrays["image"], len(row["modalities"]), "image", name))
+        room.take(planes[-1])
         if wanted:
             masks.append(_from_one_hot(_transposed(arrays["mask"], len(values), "mask", name), values, name)[None])
     names = [_name(source) for source in sources]
@@ -123,7 +211,7 @@ def _read_h5slices(row: Row, with_label: bool) -> Found:
     if label is not None and label.shape != image.shape[1:]:
         found = f"image slices {image.shape[1:]} and mask slices {label.shape}"
         raise ScanError(Code.SHAPE_MISMATCH, f"{row['scan_id']}: found {found} (slices, rows, columns), expected the same")
-    return Found(list(image), Grid.of(image.shape[1:]), label, names[0], warnings)
+    return Found(list(image), Grid.of(image.shape[1:]), label, tuple(names), warnings)
 
 
 def _transposed(array: NDArray[Any], channels: int, key: str, name: str) -> NDArray[Any]:
@@ -154,6 +242,7 @@ _READERS: Mapping[str, Callable[[Row, bool], Found]] = {
     "volumes": _read_volumes,
     "stack": _read_stack,
     "h5slices": _read_h5slices,
+    "dicom": _read_dicom,
 }
 
 
@@ -180,6 +269,10 @@ def _name(source: Source) -> str:
     return storage.name_of(source["uri"])
 
 
+def _names(sources: Sequence[Source]) -> tuple[str, ...]:
+    return tuple(_name(source) for source in sources)
+
+
 def _fetch(sources: Sequence[Source]) -> list[bytes]:
     """Read all files, several at a time where each costs a round trip."""
     if len(sources) > 1 and storage.is_remote(sources[0]["uri"]):
@@ -193,17 +286,22 @@ def _read(source: Source) -> bytes:
     try:
         return storage.read_bytes(uri)
     except StorageError as error:
-        reason = str(error).replace(uri, name)
-        raise ScanError(_why_unreadable(uri), f"{name}: {reason}") from error
+        _, found, reason = str(error).rpartition(" ".join(name.split()))  # what stands before is the path
+        raise ScanError(_why_unreadable(uri), f"{name}: could not be read{one_line(reason) if found else ''}") from error
 
 
 def _why_unreadable(uri: str) -> Code:
     try:
         if storage.exists(uri):
             return Code.UNREADABLE
-        return Code.NOT_A_FILE if storage.is_dir(uri) else Code.MISSING_FILE
+        return Code.NOT_A_FILE if storage.is_dir(uri) or _is_there(uri) else Code.MISSING_FILE
     except StorageError:
         return Code.UNREADABLE
+
+
+def _is_there(uri: str) -> bool:
+    """Whether something bears this name: a pipe, a socket, a device, a link to nothing."""
+    return not storage.is_remote(uri) and os.path.lexists(uri)
 
 
 def _joined(planes: Sequence[NDArray[Any]], names: Sequence[str]) -> NDArray[Any]:

@@ -1,23 +1,18 @@
 """Runs: the bookkeeping of a run folder. The row is the commit; what a run folder claims can be proven.
 
 RUN/run.json              what was run, with what, on what; counts and timings at the end
-RUN/lease.json            who is driving it now
+RUN/lease.json            who is driving it now (`lease`); RUN/inflight/ what has been begun (`inflight`)
 RUN/scans/<part>.parquet  the fact table; a part appears whole and is named by the scans it holds
 RUN/metrics.parquet       scan x region, flat, derived from the parts
+RUN/evaluation.json       by `evaluate`: with whose labels metrics.parquet was made anew; RUN/baselines.parquet beside it
 RUN/_SUCCESS.json         written last: every scan of the manifest exactly once
 """
 
 import hashlib
 import json
-import os
-import socket
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,13 +22,11 @@ from brainseg.errors import Code, RunError, StorageError
 from brainseg.model import Split
 from brainseg.tables import METRICS, SCANS
 
-RUN_FILE, LEASE_FILE, SUCCESS_FILE, METRICS_FILE = "run.json", "lease.json", "_SUCCESS.json", "metrics.parquet"
+RUN_FILE, SUCCESS_FILE, METRICS_FILE = "run.json", "_SUCCESS.json", "metrics.parquet"
+BASELINES_FILE, EVALUATION_FILE, EVALUATION = "baselines.parquet", "evaluation.json", "evaluation"
 PARTS = "scans"
 TORN = "torn"
-HEARTBEAT_S = 10.0
-LEASE_S = 45.0
-"""A driver on another host that has not been heard of for this long is taken to be dead."""
-TRANSIENT = frozenset({Code.UNREADABLE, Code.OUT_OF_MEMORY})
+TRANSIENT = frozenset({Code.UNREADABLE, Code.OUT_OF_MEMORY, Code.TIMEOUT, Code.WORKER_DIED})
 """Failures that the store or the machine may be at fault for: the next attempt tries such scans again."""
 KEYS = (
     "scan_id",
@@ -124,54 +117,6 @@ def _run_id(identity: Identity, now: str) -> str:
 
 def _short(fingerprint: object) -> str:
     return str(fingerprint)[:12]
-
-
-class Lease:
-    """One driver at a time. Held as a context; a heartbeat keeps it while this process lives."""
-
-    def __init__(self, run: str) -> None:
-        self.place = storage.join(run, LEASE_FILE)
-        self.me = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
-        self._stop = threading.Event()
-        self._beat = threading.Thread(target=self._keep, daemon=True)
-
-    def __enter__(self) -> "Lease":
-        """Take the lease; RunError while another driver lives."""
-        holder = storage.read_json(self.place) if storage.exists(self.place) else None
-        if holder and _alive(holder):
-            raise RunError(f"another driver (process {holder['pid']} on {holder['host']}) is working on this run")
-        self._write()
-        self._beat.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._beat.join()
-        storage.delete(self.place)
-
-    def _keep(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            with suppress(StorageError):  # a store that is away for a beat must not end the beating
-                self._write()
-
-    def _write(self) -> None:
-        storage.write_json(self.place, {**self.me, "heartbeat": time.time()})
-
-
-def _alive(holder: Mapping[str, Any]) -> bool:
-    """On this host: whether that very process runs. Elsewhere: whether its heartbeat is fresh."""
-    if holder["host"] == socket.gethostname():
-        born = _born(int(holder["pid"]))
-        return holder["pid"] != os.getpid() and born is not None and born == holder["born"]
-    return bool(time.time() - float(holder["heartbeat"]) < LEASE_S)
-
-
-def _born(pid: int) -> str | None:
-    """When a process started, in clock ticks, so that a reused pid is not mistaken for it; None if it does not run."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return None
 
 
 def part_uri(run: str, scan_ids: Sequence[str]) -> str:
@@ -275,6 +220,12 @@ def write_metrics(run: str, split: Split) -> dict[str, int]:
     ordered = table.sort_by([("scan_id", "ascending"), ("region", "ascending")])
     storage.write_table(storage.join(run, METRICS_FILE), ordered, row_group_rows=65536)
     return {"labelled": labelled, "evaluated": evaluated}
+
+
+def forget_evaluation(run: str) -> None:
+    """Remove what `evaluate` left: it is about rows that have changed since."""
+    for name in (EVALUATION_FILE, BASELINES_FILE):
+        storage.delete(storage.join(run, name))
 
 
 def finish_run(run: str, body: Mapping[str, Any], counts: Mapping[str, int], timings: Mapping[str, float]) -> None:

@@ -4,23 +4,26 @@ The one way in for training, inference and evaluation alike. Voxels keep their s
 only what lies outside the smallest box that holds everything but background. The label stays on the whole native grid.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from brainseg.contrasts import suspicion
 from brainseg.errors import Code, ScanError
-from brainseg.formats import warning
+from brainseg.formats import MAX_BYTES, warning
+from brainseg.formats.nifti import MAX_SIDE
 from brainseg.geometry import Grid
-from brainseg.readers import read_files
+from brainseg.readers import read_files, read_label
 from brainseg.regions import LabelMap, label_map
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 LABEL_EXACT, LABEL_NEAR = 1e-6, 1e-3
 """A label stored as float may be off whole numbers by the first without a word, by the second with a warning."""
+BLOCK_VOXELS = 1 << 20
 OUTLIER_VALUE = 1e18
 """A float beyond this has a square that float32 cannot hold."""
 KEPT_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.float32)
@@ -53,17 +56,26 @@ def load_scan(row: Mapping[str, Any], *, with_label: bool = True) -> Scan:
         raise ScanError(Code(row["problem_code"]), str(row.get("problem") or "found unusable while listing"))
     found = read_files(row, with_label=with_label)
     modalities, warnings = tuple(row["modalities"]), list(found.warnings)
+    _check_size(found.volumes, found.grid, row["scan_id"])
     _check_values(found.volumes, modalities, row["scan_id"], warnings)
     background = [_background(volume) for volume in found.volumes]
     box = _extent(found.volumes, background) or _whole(found.grid)
     image = _stacked([volume[_slices(box)] for volume in found.volumes])
     duplicated = _duplicated(image, modalities)
-    if duplicated and row["reader"] == "volumes":
-        text = f"{row['scan_id']}: found {', '.join(duplicated)} equal to an earlier modality in every voxel"
-        warnings.append(warning(Code.DUPLICATE_CONTENT, text))
+    separate = row["reader"] in ("volumes", "dicom")
+    if duplicated and separate:
+        text = f"found {', '.join(duplicated)} equal to an earlier modality in every voxel, expected an image of its own"
+        raise ScanError(Code.DUPLICATE_CONTENT, f"{row['scan_id']}: {text}; was a file copied under two names?")
+    suspect = suspicion(image, modalities, background)
+    if suspect:
+        warnings.append(warning(Code.MODALITY_SUSPECT, f"{row['scan_id']}: {suspect}"))
     label = None
     if found.label is not None:
-        label = _checked_label(found.label, label_map(row["label_map"]), found.label_name, warnings)
+        label = _checked_label(found.label, label_map(row["label_map"]), found.label_names, warnings)
+        highest = round(float(found.label.max()))
+        if separate and highest > label.max():
+            text = f"found label value {highest}, which was read as {label.max()}"
+            warnings.append(warning(Code.BAD_LABELS, f"{found.label_names[0]}: {text}"))
     return Scan(
         scan_id=row["scan_id"],
         modalities=modalities,
@@ -77,7 +89,30 @@ def load_scan(row: Mapping[str, Any], *, with_label: bool = True) -> Scan:
     )
 
 
+def load_label(row: Mapping[str, Any]) -> tuple[NDArray[np.uint8], Grid] | None:
+    """Read and check a row's label alone: `(D, H, W)` in its map's values, and its grid. None where the row lists none.
+
+    For whoever has a prediction already: the image is not read. Raises ScanError with the reason it cannot be used.
+    """
+    if row.get("problem_code"):
+        raise ScanError(Code(row["problem_code"]), str(row.get("problem") or "found unusable while listing"))
+    found = read_label(row)
+    if found is None:
+        return None
+    stored, grid, names = found
+    return _checked_label(stored, label_map(row["label_map"]), names, []), grid
+
+
 # --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_size(volumes: Sequence[NDArray[Any]], grid: Grid, scan_id: str) -> None:
+    """Refuse what could not be held as one image, or answered with one mask."""
+    size_bytes = sum(volume.size for volume in volumes) * _common_type(volumes).itemsize
+    if size_bytes > MAX_BYTES or max(grid.shape) > MAX_SIDE:
+        found = f"{len(volumes)} modalities of {grid.describe()}, {size_bytes:,} bytes together"
+        most = f"at most {MAX_BYTES:,} bytes and {MAX_SIDE:,} voxels along an axis"
+        raise ScanError(Code.TOO_LARGE, f"{scan_id}: found {found}, expected {most}")
 
 
 def _check_values(volumes: Sequence[NDArray[Any]], modalities: Sequence[str], scan_id: str, warnings: list[str]) -> None:
@@ -89,13 +124,12 @@ def _check_values(volumes: Sequence[NDArray[Any]], modalities: Sequence[str], sc
             raise ScanError(
                 Code.NON_FINITE, f"{scan_id}: found {count} voxels of {modality} that are NaN or infinite, expected numbers"
             )
-        if low == high:
-            raise ScanError(
-                Code.EMPTY_VOLUME, f"{scan_id}: found the one value {low:g} in all of {modality}, expected an image"
-            )
         peak = max(abs(float(low)), abs(float(high)))
         if peak > float(np.finfo(np.float32).max):
             raise ScanError(Code.NON_FINITE, f"{scan_id}: found {peak:g} in {modality}, expected values that float32 can hold")
+        if float(np.float32(high)) - float(np.float32(low)) < float(np.finfo(np.float32).tiny):
+            found = "the one value" if low == high else "values that float32 cannot tell apart, up to"
+            raise ScanError(Code.EMPTY_VOLUME, f"{scan_id}: found {found} {high:g} in all of {modality}, expected an image")
         if peak > OUTLIER_VALUE:
             warnings.append(
                 warning(Code.OUTLIER, f"{scan_id}: found {peak:g} in {modality}; it will dominate any normalisation")
@@ -143,11 +177,15 @@ def _slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
 
 
-def _stacked(volumes: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Copy the crops into one contiguous `(C, D, H, W)`; one stored type is kept, mixed and wide ones become float32."""
+def _common_type(volumes: Sequence[NDArray[Any]]) -> np.dtype[Any]:
+    """One stored type is kept; mixed and wide ones become float32."""
     kinds = {volume.dtype for volume in volumes}
-    dtype = volumes[0].dtype if len(kinds) == 1 and volumes[0].dtype in KEPT_TYPES else np.dtype(np.float32)
-    image = np.empty((len(volumes), *volumes[0].shape), dtype)
+    return volumes[0].dtype if len(kinds) == 1 and volumes[0].dtype in KEPT_TYPES else np.dtype(np.float32)
+
+
+def _stacked(volumes: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Copy the crops into one contiguous `(C, D, H, W)`."""
+    image = np.empty((len(volumes), *volumes[0].shape), _common_type(volumes))
     for place, volume in zip(image, volumes, strict=True):
         place[...] = volume
     return image
@@ -166,31 +204,63 @@ def _duplicated(image: NDArray[Any], modalities: Sequence[str]) -> tuple[str, ..
     )
 
 
-def _checked_label(stored: NDArray[Any], known: LabelMap, name: str, warnings: list[str]) -> NDArray[np.uint8]:
+def _checked_label(stored: NDArray[Any], known: LabelMap, names: Sequence[str], warnings: list[str]) -> NDArray[np.uint8]:
     """A label as uint8 in the map's values. Only the box that is not 0 is looked at, since 0 is background in every map."""
     label = np.zeros(stored.shape, np.uint8)
     box = _extent([stored], [stored.dtype.type(0)])
-    if box is not None:
-        part = stored[_slices(box)]
-        label[_slices(box)] = known.check(_whole_numbers(part, name, warnings) if part.dtype.kind == "f" else part, name)
-    elif len(stored) > 1:
-        warnings.append(warning(Code.EMPTY_MASK, f"{name}: found a label without a single tumour voxel"))
+    if box is None:
+        if len(stored) > 1:
+            warnings.append(warning(Code.EMPTY_MASK, f"{names[0]}: found a label without a single tumour voxel"))
+        return label
+    try:
+        label[_slices(box)] = _in_values(stored[_slices(box)], known, names[0], warnings)
+    except ScanError:
+        if len(names) == len(stored):
+            for plane, name in zip(stored, names, strict=True):
+                _in_values(plane, known, name, [])  # a file a slice: raises at the one that is at fault
+        raise
     return label
 
 
-def _whole_numbers(part: NDArray[Any], name: str, warnings: list[str]) -> NDArray[np.int64]:
+def _in_values(part: NDArray[Any], known: LabelMap, name: str, warnings: list[str]) -> NDArray[np.uint8]:
+    """A label's part, of any shape, in the map's values. Block by block: nothing wider than a byte a voxel is allocated."""
+    label, seen, off = np.empty(part.shape, np.uint8), np.zeros(256, np.bool_), 0.0
+    for block in _blocks(part.shape):
+        whole, block_off = _whole_numbers(part[block], name)
+        low, high = int(whole.min()), int(whole.max())
+        if low < 0 or high > 255:
+            known.check(np.array([low if low < 0 else high]), name)  # raises: no map knows values beyond a byte
+        label[block] = whole
+        seen |= np.bincount(label[block].reshape(-1), minlength=256) > 0
+        off = max(off, block_off)
+    if off > LABEL_EXACT:
+        text = f"{name}: found label values {off:.3g} off a whole number; they were rounded"
+        warnings.append(warning(Code.MASK_NOT_INTEGER, text))
+    values = np.flatnonzero(seen)
+    meant = np.arange(256, dtype=np.uint8)
+    meant[values] = known.check(values, name)
+    return label if (meant[values] == values).all() else meant[label]
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    """Indices that cut an array into blocks of about BLOCK_VOXELS, along its last axis but one."""
+    rows = max(1, BLOCK_VOXELS // shape[-1])
+    for lead in np.ndindex(*shape[:-2]):
+        for start in range(0, shape[-2], rows):
+            yield (*lead, slice(start, start + rows))
+
+
+def _whole_numbers(part: NDArray[Any], name: str) -> tuple[NDArray[Any], float]:
+    """Whole numbers, and how far they were from being so. Raises ScanError NON_FINITE or MASK_NOT_INTEGER."""
+    if part.dtype.kind != "f":
+        return part, 0.0
     if not np.isfinite(part).all():
         raise ScanError(Code.NON_FINITE, f"{name}: found NaN or infinite values in a label, expected whole numbers")
     rounded = np.rint(part)
     off = float(np.abs(part - rounded).max())
     if off > LABEL_NEAR:
         raise ScanError(Code.MASK_NOT_INTEGER, f"{name}: found label values {off:.3g} off a whole number; was it interpolated?")
-    if off > LABEL_EXACT:
-        warnings.append(
-            warning(Code.MASK_NOT_INTEGER, f"{name}: found label values {off:.3g} off a whole number; they were rounded")
-        )
-    whole: NDArray[np.int64] = np.clip(rounded, -(2.0**31), 2.0**31).astype(np.int64)
-    return whole
+    return np.clip(rounded, -(2.0**31), 2.0**31), off
 
 
 def _condensed(warnings: Sequence[str]) -> tuple[str, ...]:

@@ -8,37 +8,30 @@ anywhere can feed them. The stage functions are the same (`stages.py`), the rows
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
 import ray
-import torch
 from ray.data import ActorPoolStrategy, Dataset
 
-from brainseg import manifest, runs, stages, storage
+from brainseg import inflight, manifest, runs, storage
 from brainseg.config import How, SegmentConfig
 from brainseg.errors import FailureLimitError, PreflightError, UsageError
-from brainseg.model import Model, ModelCard, fingerprint_of, load_card, load_model
-from brainseg.session import Cluster, connect, require
+from brainseg.lease import Lease, refuse_if_held
+from brainseg.model import ModelCard, fingerprint_of, load_card, resolved
+from brainseg.session import Cluster, connect, lifeline, plain_words, require, require_room
 from brainseg.stages import Job
 from brainseg.versions import versions
+from brainseg.workers import Forward, WholeWay, decode_block, finish_block
 
 MOST_SCANS_PER_PART = 32
 MANIFEST_FILE = "manifest.parquet"
+STANDSTILL_S = 600.0
+"""Beyond what a whole part may take, a job in which nothing moves for this long is ended: Ray would wait in silence."""
 Say = Callable[[str], None]
-RECEIPT = pa.schema(
-    [
-        ("part", pa.string()),
-        ("ok", pa.int64()),
-        ("failed", pa.list_(pa.string())),
-        ("seconds_decode", pa.float64()),
-        ("seconds_predict", pa.float64()),
-        ("seconds_finish", pa.float64()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -108,6 +101,8 @@ def segment_archive(
     started = time.monotonic()
     table = load_source(source)
     card = load_card(model_uri)
+    chosen_on = card.chosen.get("chosen_on") if settings.threshold == "chosen" else None
+    settings = resolved(settings, card)
     check_modalities(table, card)
     limit = failure_limit(how.max_failures, table.num_rows)
     identity = runs.Identity(manifest.fingerprint(table), fingerprint_of(card), settings.fingerprint())
@@ -115,11 +110,13 @@ def segment_archive(
         size = sum(table["size_bytes"].to_pylist()) / 1e6
         ear.say(f"would segment {table.num_rows} scans ({size:.0f} MB) with model '{card.name}' into {out}")
         return {"found": table.num_rows}
+    refuse_if_held(out)
     cluster = None if runs.is_finished(out, identity) else connect()
     if cluster is not None:
         make_plan(cluster, table.num_rows, how)
-    with runs.Lease(out):
-        body = runs.open_run(out, identity, _description(source, model_uri, card, settings))
+    with Lease(out) as lease:
+        threshold = {"value": settings.threshold, "chosen_on": chosen_on}
+        body = runs.open_run(out, identity, _description(source, model_uri, card, settings) | {"threshold": threshold})
         manifest.write_manifest(storage.join(out, MANIFEST_FILE), table)
         storage.delete(storage.join(out, runs.SUCCESS_FILE))
         expected = expected_tags(table)
@@ -132,12 +129,27 @@ def segment_archive(
             identity.model_fingerprint,
             identity.config_fingerprint,
             card,
+            lease.generation,
+            how.scan_seconds,
+            inflight.left_behind(out),
         )
         progress = _drive(table, expected, job, Drive(how, limit, ear, cluster))
-        counts = runs.settle(out, expected) | runs.write_metrics(out, card.split)
+        lease.check()
+        counts = runs.settle(out, expected) | _derive(out, card, body, progress)
         timings = {"total_s": time.monotonic() - started, **{f"{k}_s": v for k, v in progress.seconds.items()}}
+        inflight.clear(out)
+        lease.check()
         runs.finish_run(out, body, counts, {k: round(v, 3) for k, v in timings.items()})
     return counts
+
+
+def _derive(out: str, card: ModelCard, body: Mapping[str, Any], progress: Progress) -> dict[str, int]:
+    """Write metrics.parquet; returns the counts of labels. Where nothing was segmented now, a later evaluation stays."""
+    counted = body.get("counts") or {}
+    if progress.ok + progress.failed == 0 and "evaluated" in counted and storage.exists(storage.join(out, runs.EVALUATION_FILE)):
+        return {name: int(counted[name]) for name in ("labelled", "evaluated")}
+    runs.forget_evaluation(out)
+    return runs.write_metrics(out, card.split)
 
 
 @dataclass(frozen=True)
@@ -160,15 +172,23 @@ def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive)
         ear.say(f"resuming: {len(kept)} of {table.num_rows} scans are done already")
     if not todo.num_rows:
         return progress
-    plan = make_plan(drive.cluster or connect(), todo.num_rows, drive.how)
+    cluster = drive.cluster or connect()
+    plan = make_plan(cluster, todo.num_rows, drive.how)
     ear.say(plan.describe())
-    for receipt in _receipts(todo, job, plan):
-        _take(progress, receipt)
-        ear.tick(progress)
-        if limit is not None and progress.all_failed > limit:
-            kept_words = "what is done is kept, and the same command goes on from there"
-            raise FailureLimitError(f"{progress.all_failed} scans failed, the limit is {limit}; {kept_words}")
+    if cluster.free_cpus is not None and cluster.free_cpus < plan.actors * plan.actor_cpus + 1:
+        ear.say(f"only {cluster.free_cpus:g} of the cluster's {cluster.cpus:g} CPUs are free now; waiting for other jobs")
+    with lifeline(ear.say), plain_words():
+        for receipt in _receipts(todo, job, plan):
+            _take(progress, receipt)
+            ear.tick(progress)
+            _enforce(limit, progress)
     return progress
+
+
+def _enforce(limit: int | None, progress: Progress) -> None:
+    if limit is not None and progress.all_failed > limit:
+        kept = "what is done is kept, and the same command goes on from there"
+        raise FailureLimitError(f"{progress.all_failed} scans failed, the limit is {limit}; {kept}")
 
 
 def expected_tags(table: pa.Table) -> dict[str, str]:
@@ -216,6 +236,7 @@ def _description(source: str, model_uri: str, card: ModelCard, settings: Segment
         "dataset",
         "metrics",
         "baselines",
+        "audit",
         "selection_biased",
         "accept_leakage",
     )
@@ -236,7 +257,9 @@ def make_plan(cluster: Cluster, scans: int, how: How) -> Plan:
     wanted = how.actors or int(cluster.gpus if gpus else cluster.cores if chosen == "fused" else max(1, cluster.cores // 2))
     wanted = max(1, min(wanted, scans))
     plan = Plan(chosen, wanted, 1.0, gpus, max(1, min(MOST_SCANS_PER_PART, -(-scans // (4 * wanted)))))
-    require(cluster, cpus=wanted * plan.actor_cpus + 1, gpus=wanted * gpus, what=f"segmenting with {wanted} actors")
+    what = f"segmenting with {wanted} actors"
+    require(cluster, cpus=wanted * plan.actor_cpus + 1, gpus=wanted * gpus, what=what)
+    require_room(cluster, wanted, cpus=plan.actor_cpus, gpus=gpus, what=what)
     return plan
 
 
@@ -247,17 +270,18 @@ def pipeline(todo: pa.Table, job: Job, plan: Plan) -> Dataset:
     arguments: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     if plan.mode == "fused":
         return blocks.map_batches(WholeWay, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, **arguments)
-    decoded = blocks.map_batches(partial(_decode_block, job=job), num_cpus=0.5, **arguments)
+    decoded = blocks.map_batches(partial(decode_block, job=job), num_cpus=0.5, **arguments)
     predicted = decoded.map_batches(
         Forward, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, **arguments
     )
-    return predicted.map_batches(partial(_finish_block, job=job), num_cpus=0.25, **arguments)
+    return predicted.map_batches(partial(finish_block, job=job), num_cpus=0.25, **arguments)
 
 
 def _receipts(todo: pa.Table, job: Job, plan: Plan) -> Iterator[Mapping[str, Any]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
+    context.execution_no_progress_timeout_s = STANDSTILL_S + plan.scans_per_part * job.scan_seconds
     yield from pipeline(todo, job, plan).iter_rows()
 
 
@@ -266,64 +290,6 @@ def _take(progress: Progress, receipt: Mapping[str, Any]) -> None:
     progress.failed += len(receipt["failed"])
     for stage in progress.seconds:
         progress.seconds[stage] += float(receipt[f"seconds_{stage}"])
-
-
-class WholeWay:
-    """An actor that takes a block of manifest rows all the way to a written part."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.model = _ready_model(job)
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        works = (stages.decode(row, with_label=self.job.settings.score) for row in block.to_pylist())
-        rows = [stages.finish(w, self.job) for group in stages.in_groups(works) for w in stages.predict(self.model, group)]
-        return _written(self.job, rows)
-
-
-def _decode_block(block: pa.Table, job: Job) -> pa.Table:
-    works = (stages.decode(row, with_label=job.settings.score) for row in block.to_pylist())
-    return block.append_column("work", pa.array([stages.pack(w) for w in works], pa.large_binary()))
-
-
-class Forward:
-    """An actor that holds the network and nothing else."""
-
-    def __init__(self, job: Job) -> None:
-        self.model = _ready_model(job)
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        manifest_rows = block.drop_columns(["work"])
-        packed = [stages.unpack(data.as_py(), row) for data, row in zip(block["work"], manifest_rows.to_pylist(), strict=True)]
-        done = [stages.pack(w) for group in stages.in_groups(packed) for w in stages.predict(self.model, group)]
-        return manifest_rows.append_column("work", pa.array(done, pa.large_binary()))
-
-
-def _finish_block(block: pa.Table, job: Job) -> pa.Table:
-    rows = block.drop_columns(["work"]).to_pylist()
-    works = [stages.unpack(data.as_py(), row) for data, row in zip(block["work"], rows, strict=True)]
-    return _written(job, [stages.finish(w, job) for w in works])
-
-
-def _ready_model(job: Job) -> Model:
-    """The network on this actor's device; one thread where it shares cores with its siblings."""
-    on_gpu = bool(ray.get_gpu_ids())
-    if not on_gpu:
-        torch.set_num_threads(1)
-    return load_model(job.model, job.settings, torch.device("cuda" if on_gpu else "cpu"))
-
-
-def _written(job: Job, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Commit finished rows as a part; the receipt says what is in it."""
-    if not rows:
-        return RECEIPT.empty_table()
-    receipt = {
-        "part": storage.name_of(runs.write_part(job.run, rows)),
-        "ok": sum(r["status"] == "ok" for r in rows),
-        "failed": [f"{r['error_code']} {r['error_message']}" for r in rows if r["status"] == "failed"],
-        **{f"seconds_{s}": sum(r[f"seconds_{s}"] for r in rows) for s in ("decode", "predict", "finish")},
-    }
-    return pa.Table.from_pylist([receipt], schema=RECEIPT)
 
 
 def verify_run(run: str) -> list[str]:

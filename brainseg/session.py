@@ -5,20 +5,37 @@ a submitted Ray job; otherwise a local Ray lives as long as the process, with to
 """
 
 import logging
+import math
 import os
+import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import Event, Thread
+from typing import Any
 
 import ray
 
-from brainseg.errors import PreflightError
+from brainseg.errors import BrainsegError, ClusterError, ExitCode, PreflightError
 
 SPARE_CPUS = 2
 """Logical CPUs a local Ray gets beyond the machine's cores, for the light tasks around the busy ones."""
 OBJECT_STORE_BYTES = 1 << 30
 QUIET_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
+KEPT = "what is done is kept, and the same command goes on from there"
+DEATHS = (
+    ray.exceptions.ActorDiedError,
+    ray.exceptions.ActorUnavailableError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.ObjectStoreFullError,
+    ray.exceptions.OutOfDiskError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.RaySystemError,
+    ray.exceptions.WorkerCrashedError,
+)
+STANDSTILLS = ("GetTimeoutError", "ExecutionTimeoutError")
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,15 @@ class Cluster:
     cores: int
     nodes: int
     local: bool
+    free_cpus: float | None = None
+    """CPUs that no job holds now; None where nobody asked."""
+    shapes: tuple[tuple[float, float], ...] = ()
+    """CPUs and GPUs of each node: a process must fit into one of them."""
+
+    def room_for(self, cpus: float, gpus: float) -> int:
+        """How many processes of this size the nodes can hold at once, were they empty."""
+        shapes = self.shapes or ((self.cpus, self.gpus),)
+        return sum(int(min(c / cpus, g / gpus if gpus else math.inf)) for c, g in shapes)
 
 
 def connect() -> Cluster:
@@ -43,7 +69,9 @@ def connect() -> Cluster:
     nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     cpus = total.get("CPU", 0.0)
     cores = min(os.cpu_count() or 1, int(cpus)) if local else int(cpus) - 1
-    return Cluster(cpus, total.get("GPU", 0.0), max(1, cores), len(nodes), local)
+    shapes = tuple((n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in nodes)
+    free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+    return Cluster(cpus, total.get("GPU", 0.0), max(1, cores), len(nodes), local, free, shapes)
 
 
 def _start_local() -> None:
@@ -77,4 +105,87 @@ def require(cluster: Cluster, *, cpus: float, gpus: float = 0, what: str) -> Non
     """Raise PreflightError where a job would wait for resources for ever, which Ray does without a word."""
     if cpus > cluster.cpus or gpus > cluster.gpus:
         needs = f"{cpus:g} CPUs and {gpus:g} GPUs at once; the cluster has {cluster.cpus:g} and {cluster.gpus:g}"
-        raise PreflightError(f"{what} needs {needs}. Ask for fewer workers.")
+        hint = "Wait until its nodes have joined" if cluster.cpus < 1 else "Ask for fewer workers"
+        raise PreflightError(f"{what} needs {needs}. {hint}.")
+
+
+def require_room(cluster: Cluster, processes: int, *, cpus: float, gpus: float, what: str) -> None:
+    """Raise PreflightError where processes of this size would not all find a node: the sum of all nodes is not enough."""
+    room = cluster.room_for(cpus, gpus)
+    if room < processes:
+        size = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+        text = f"{what} needs {size} each on one node; the {cluster.nodes} node(s) have room for {room} of them"
+        raise PreflightError(f"{text}. Ask for fewer workers.")
+
+
+@contextmanager
+def lifeline(say: Callable[[str], None]) -> Iterator[None]:
+    """While inside: when this machine's Ray dies, say so in one line and end the process with exit code 1.
+
+    Without its raylet a driver waits, or is ended by Ray's core without a word. A raylet keeps the connection of whoever
+    knocks and says nothing; when it dies, the kernel closes it.
+    """
+    place = _raylet_socket()
+    if place is None:
+        yield
+        return
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(place)
+        leaving = Event()
+        Thread(target=_wait_for_the_end, args=(line, leaving, say), daemon=True).start()
+        try:
+            yield
+        finally:
+            leaving.set()
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+
+
+def _raylet_socket() -> str | None:
+    """Where the raylet of this process's node listens; None where that is no local socket."""
+    me = ray.get_runtime_context().get_node_id()
+    places = [str(n.get("RayletSocketName", "")) for n in ray.nodes() if n["NodeID"] == me]  # type: ignore[no-untyped-call]
+    return places[0] if places and os.path.exists(places[0]) else None  # noqa: PTH110
+
+
+def _wait_for_the_end(line: socket.socket, leaving: Event, say: Callable[[str], None]) -> None:
+    with suppress(OSError):
+        while line.recv(64):
+            pass
+    if not leaving.is_set():
+        say(f"brainseg: Ray has died on this machine (its raylet is gone); {KEPT}")
+        sys.stderr.flush()
+        os._exit(ExitCode.CRASH)
+
+
+@contextmanager
+def plain_words() -> Iterator[None]:
+    """Translate what Ray raises: what our own code raised in a worker as itself, a death or a standstill as ClusterError.
+
+    A fault of ours in a worker stays what it is, with its traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = next((e for e in _chain(error) if isinstance(e, BrainsegError)), None)
+        if known is not None:
+            raise known from None
+        if type(error).__name__ in STANDSTILLS:
+            text = "nothing has moved for too long: the cluster has no room for the job, or a process hangs"
+            raise ClusterError(f"{text}; {KEPT}") from error
+        if isinstance(error, DEATHS):
+            text = f"Ray gave up ({type(error).__name__}): a process, a machine or its disk failed"
+            raise ClusterError(f"{text}; {KEPT}") from error
+        raise
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and all that led to it, also in the worker."""
+    todo: list[Any] = [error]
+    seen: set[int] = set()
+    while todo:
+        one = todo.pop(0)
+        if isinstance(one, BaseException) and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            todo += [getattr(one, "cause", None), one.__cause__, one.__context__]

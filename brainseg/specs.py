@@ -57,6 +57,7 @@ class SegmentSpec(Config):
     set: Overrides = ()
     actors: Annotated[int | None, Field(ge=1, description="inference processes; null: one per GPU, or one per core")] = None
     plan: Annotated[str | None, Field(description="`fused` or `apart`; null: by what the cluster has")] = None
+    scan_seconds: Annotated[float, Field(gt=0, description="reading one scan may take this long before it is given up")] = 300.0
     dry_run: bool = False
 
     @property

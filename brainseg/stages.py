@@ -6,12 +6,15 @@ A scan that fails in a stage carries its failure onward and becomes a quarantine
 
 import hashlib
 import json
+import logging
 import socket
 import struct
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,15 +23,17 @@ from numpy.typing import NDArray
 
 from brainseg.config import SegmentConfig
 from brainseg.errors import Code, ScanError, StorageError
-from brainseg.formats.images import write_png
-from brainseg.formats.nifti import write_nifti
 from brainseg.geometry import Grid
+from brainseg.masks import encode_mask
 from brainseg.model import Model, ModelCard, Prediction
 from brainseg.runs import content_tag
 from brainseg.scans import Scan, load_scan
 from brainseg.scoring import score_regions, with_trust
 from brainseg.thumbnails import make_thumbnail
+from brainseg.time_limit import TimeLimit
 
+LOG = logging.getLogger(__name__)
+PACKAGE = Path(__file__).parent
 VOXELS_TOGETHER = 24_000_000
 """Scans share forward batches until their crops hold this many voxels: keeps memory flat whatever a part's size."""
 Row = Mapping[str, Any]
@@ -46,6 +51,11 @@ class Job:
     model_fingerprint: str
     config_fingerprint: str
     card: ModelCard
+    lease: int | None = None
+    """The driver's generation (`lease`); None: nobody else can be at the run."""
+    scan_seconds: float = 300.0
+    suspects: frozenset[str] = frozenset()
+    """Scans that were in flight when an earlier driver died."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +88,40 @@ def guarded(stage: str, scan_id: str, call: Callable[[], Work], row: Row) -> Wor
     except (MemoryError, torch.OutOfMemoryError):
         return Work(row, failure=Failure(Code.OUT_OF_MEMORY, stage, f"{scan_id}: not enough memory"))
     except Exception as error:  # noqa: BLE001  a fault of ours in one scan must not end a run of a million
-        message = f"{scan_id}: {type(error).__name__} inside brainseg; please report it"
+        LOG.error("%s: fault while doing stage %s\n%s", scan_id, stage, frames_of(error))  # noqa: TRY400  without its values
+        message = f"{scan_id}: {type(error).__name__} inside brainseg ({innermost(error)}); please report it"
         return Work(row, failure=Failure(Code.INTERNAL, stage, message))
 
 
-def decode(row: Row, *, with_label: bool) -> Work:
-    """Read, decode, check, crop."""
+def innermost(error: BaseException) -> str:
+    """Where in brainseg an exception arose or passed last, such as `formats/nifti.py:88`. No value, no path of the machine."""
+    places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [f"{path.relative_to(PACKAGE)}:{line}" for path, line in places if path.is_relative_to(PACKAGE)]
+    return ours[-1] if ours else "outside of it"
+
+
+def frames_of(error: BaseException) -> str:
+    """The traceback of an exception and of what caused it, without what they say: that may quote a file or a header."""
+    earlier = error.__cause__ or error.__context__
+    before = f"{frames_of(earlier)}which led to\n" if earlier else ""
+    return f"{before}{''.join(traceback.format_tb(error.__traceback__))}{type(error).__name__}\n"
+
+
+def lost(row: Row, stage: str) -> Work:
+    """What becomes of a scan over which processes died again and again."""
+    text = f"{row['scan_id']}: every process that tried it died: killed, out of memory, or a fault in a decoder"
+    return Work(row, failure=Failure(Code.WORKER_DIED, stage, text))
+
+
+def decode(row: Row, *, with_label: bool, limit: TimeLimit | None = None) -> Work:
+    """Read, decode, check, crop; within a time limit, if there is one."""
     started = time.perf_counter()
     stage = "list" if row["problem_code"] else "decode"
-    work = guarded(stage, row["scan_id"], lambda: Work(row, load_scan(row, with_label=with_label)), row)
+
+    def load() -> Work:
+        return Work(row, load_scan(row, with_label=with_label))
+
+    work = guarded(stage, row["scan_id"], load if limit is None else lambda: limit.call(load, row["scan_id"]), row)
     return replace(work, seconds_decode=time.perf_counter() - started)
 
 
@@ -144,7 +179,8 @@ def _measured(work: Work, row: dict[str, Any], job: Job) -> Work:
     scan, prediction = work.scan, work.prediction
     assert scan is not None
     assert prediction is not None
-    entries = score_regions(scan.label, str(work.row["label_map"]), prediction.label, scan.grid, job.card)
+    meaning, lesions = str(work.row["label_map"]), job.settings.lesion_preset
+    entries = score_regions(scan.label, meaning, prediction.label, scan.grid, job.card, lesions=lesions)
     mask, encoding = encode_mask(prediction.label, scan.grid)
     if job.settings.thumbnails:
         masks = (scan.label, prediction.label)
@@ -164,13 +200,6 @@ def _measured(work: Work, row: dict[str, Any], job: Job) -> Work:
         "status": "ok",
     }
     return work
-
-
-def encode_mask(label: NDArray[np.uint8], grid: Grid) -> tuple[bytes, str]:
-    """A label volume `(D, H, W)` as a file that opens anywhere: PNG for a single image, NIfTI for everything else."""
-    if label.shape[0] == 1 and grid.affine is None:
-        return write_png(label[0]), "png"
-    return write_nifti(label, grid), "nii.gz"
 
 
 def in_groups(works: Iterable[Work]) -> Iterator[list[Work]]:

@@ -5,10 +5,12 @@ Declared here once, published to `schemas/*.json` by `brainseg schemas`, held eq
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SCHEMA_VERSION = 1
 
@@ -29,8 +31,32 @@ SOURCE = pa.struct(
         _field("index", pa.int32(), "position of the slice within the scan, counted from 0; null for a whole volume"),
         _field("size_bytes", pa.int64(), "size when it was listed"),
         _field("tag", pa.string(), "what changes when the content does: ETag on S3, modification time in ns on disk"),
+        _field(
+            "sha256",
+            pa.string(),
+            "of the file's bytes; null where no other file of the archive has its size, or where the image is blank, a label, "
+            "unreadable or was not compared; what the leakage audit compares",
+        ),
     ]
 )
+
+
+def flat_sources(column: pa.ChunkedArray) -> tuple[pa.Array, pa.StructArray]:
+    """Take a column of lists of `SOURCE` apart: every source's row, counted from 0, and the sources one after another."""
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):
+        lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], column.type)
+    return pc.list_parent_indices(lists), lists.flatten()
+
+
+def nested_sources(lengths: Iterable[int], parts: Mapping[str, pa.Array]) -> pa.ListArray:
+    """Put a column of lists of `SOURCE` together, from its fields one by one; fields that may be null may lack."""
+    fields = [SOURCE.field(i) for i in range(SOURCE.num_fields)]
+    count = len(parts["uri"])
+    arrays = [parts[f.name].cast(f.type) if f.name in parts or not f.nullable else pa.nulls(count, f.type) for f in fields]
+    ends = list(accumulate(lengths, initial=0))
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.StructArray.from_arrays(arrays, fields=fields))
+
 
 ATTRIBUTES = pa.map_(pa.string(), pa.string())
 
@@ -41,8 +67,8 @@ MANIFEST = _schema(
         _field("scan_id", pa.string(), "unique within the manifest, safe as a file name", required=True),
         _field("patient_id", pa.string(), "whose scan it is; null where the archive does not say"),
         _field("dataset", pa.string(), "name of the set, by default that of its layout", required=True),
-        _field("layout", pa.string(), "folder convention it was found under: lgg, figshare, brats, h5slices", required=True),
-        _field("reader", pa.string(), "how its files become an image: `volumes`, `stack` or `h5slices`", required=True),
+        _field("layout", pa.string(), "folder convention: lgg, figshare, brats, h5slices, dicom", required=True),
+        _field("reader", pa.string(), "how files become an image: `volumes`, `stack`, `h5slices`, `dicom`", required=True),
         _field("label_map", pa.string(), "name in regions.py that gives the label's values their meaning", required=True),
         _field("modalities", pa.list_(pa.string()), "modalities in the order in which the image stacks them", required=True),
         _field("sources", pa.list_(SOURCE), "every file of the scan", required=True),
@@ -94,6 +120,26 @@ REGION = pa.struct(
         _field("lesions_prediction", pa.int32(), "26-connected components of the prediction", required=True),
         _field("lesions_found", pa.int32(), "label components touched by the prediction"),
         _field("lesions_spurious", pa.int32(), "prediction components that touch no label component"),
+        _field("lesion_recall", pa.float64(), "lesions_found / lesions_label; null for 0/0"),
+        _field("lesion_precision", pa.float64(), "(lesions_prediction - lesions_spurious) / lesions_prediction; null for 0/0"),
+        _field(
+            "lesion_f1",
+            pa.float64(),
+            "harmonic mean of the two; 0 when missed or spurious; null when both are empty or without a label",
+        ),
+        _field(
+            "lesionwise_dice",
+            pa.float64(),
+            "brats23: sum of the found lesions' Dice over tp + fp + fn lesions; null where there are none, or no label",
+        ),
+        _field(
+            "lesionwise_hd95_mm",
+            pa.float64(),
+            "brats23: the same of HD95, with 374 mm for a missed or spurious lesion; null also where spacing is unknown",
+        ),
+        _field("lesionwise_tp", pa.int32(), "brats23: merged label lesions, not ignored, that the prediction touches"),
+        _field("lesionwise_fp", pa.int32(), "brats23: prediction components that touch no label lesion, ignored ones included"),
+        _field("lesionwise_fn", pa.int32(), "brats23: merged label lesions, not ignored, that the prediction misses"),
         _field("largest_lesion_voxels", pa.int64(), "size of the prediction's largest component", required=True),
         _field("mean_probability", pa.float64(), "mean probability inside the predicted mask; null when it is empty"),
         _field("mean_entropy", pa.float64(), "mean binary entropy (bits) over the head: how undecided the network was"),
@@ -163,7 +209,13 @@ METRICS = _schema(
     ],
 )
 
-TABLES: Mapping[str, pa.Schema] = {"manifest": MANIFEST, "scans": SCANS, "metrics": METRICS}
+BASELINES = _schema(
+    "baselines",
+    "What the evaluated scans score without a network, written by `evaluate`: `metrics` once more, a row a baseline.",
+    [_field("baseline", pa.string(), "`nothing` or `nearest_training_mask`", required=True), *METRICS],
+)
+
+TABLES: Mapping[str, pa.Schema] = {"manifest": MANIFEST, "scans": SCANS, "metrics": METRICS, "baselines": BASELINES}
 
 
 def published(name: str) -> str:

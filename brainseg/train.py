@@ -22,8 +22,9 @@ import ray.train.torch
 from safetensors.torch import load as load_tensors
 
 from brainseg import cache, manifest, storage
+from brainseg.audit import Audit, audit_split
 from brainseg.config import TrainConfig
-from brainseg.course import worker_loop
+from brainseg.course import BASELINES_FILE, FAILED_FILE, HELD_OUT_FILE, worker_loop
 from brainseg.curves import draw_curves
 from brainseg.errors import BrainsegError, PreflightError, ScanError, StorageError, UsageError
 from brainseg.model import CARD, ModelCard, Split, load_card, save_model
@@ -36,6 +37,8 @@ from brainseg.versions import versions
 
 SCANS_PER_SHARD = 16
 MAX_WORKER_FAILURES = 2
+LINES_LEFT_OUT = 10
+"""Training scans that cannot be read are named one by one up to this many."""
 Row = Mapping[str, Any]
 Say = Callable[[str], None]
 
@@ -48,14 +51,13 @@ def train_model(
     Raises UsageError before anything is written where manifest, config, `out` or cluster cannot serve.
     """
     table = manifest.read_manifest(manifest_uri)
-    rows = table.to_pylist()
-    config = resolve(config, rows)
-    split, parts = split_rows(rows, config)
-    card = _draft_card(config, rows, split, manifest.fingerprint(table))
-    finished = _finished_before(out, card)
+    card, parts = draft(table, config)
+    config = card.train
+    finished = finished_before(out, card)
     if finished:
         say(f"{out} holds this very model already; nothing to do")
         return finished
+    card = _audited(card, audit_split(parts, recorded=manifest.recorded_audit(manifest_uri)), say)
     cluster = connect()
     count = workers or max(1, int(cluster.gpus))
     if count > config.batch_size:
@@ -63,7 +65,8 @@ def train_model(
     per_worker = max(1, cluster.cores // count)
     require(cluster, cpus=count * per_worker + 1, gpus=count if cluster.gpus else 0, what=f"training with {count} workers")
     work = f"{out}.work"
-    _claim(work, card)
+    if not claimed_before(work, card):
+        storage.write_json(storage.join(work, "training.json"), _claim(card))
     sizes = ", ".join(f"{len(p)} {name}" for name, p in parts.items())
     say(f"scans: {sizes}; {count} worker(s) of {per_worker} CPU(s){' and a GPU' if cluster.gpus else ''}")
     entries = _decode_once(work, table, {str(r["scan_id"]) for r in parts["train"]}, config, say)
@@ -73,6 +76,26 @@ def train_model(
     storage.write_json(storage.join(work, "index.json"), [e.to_json() for e in entries])
     _fit(work, card, count, per_worker, cluster, say)
     return _keep(out, work, card)
+
+
+def draft(table: pa.Table, config: TrainConfig) -> tuple[ModelCard, dict[str, list[Row]]]:
+    """The card of a model before anything is measured, and the rows of each part of its split. Writes nothing.
+
+    Raises UsageError where manifest and config cannot serve.
+    """
+    rows = table.to_pylist()
+    config = resolve(config, rows)
+    split, parts = split_rows(rows, config)
+    return _draft_card(config, rows, split, manifest.fingerprint(table)), parts
+
+
+def _audited(card: ModelCard, audit: Audit, say: Say) -> ModelCard:
+    """The card with the verdict of the leakage audit on its split, which is said aloud. Only shared patients are refused."""
+    for line in audit.lines():
+        say(line)
+    if audit.verdict == "leaks":
+        say("WARNING: the split leaks; the held-out figures of this model are too good, and its card says so")
+    return card.model_copy(update={"audit": audit.to_json()})
 
 
 def resolve(config: TrainConfig, rows: Sequence[Row]) -> TrainConfig:
@@ -115,7 +138,7 @@ def _draft_card(config: TrainConfig, rows: Sequence[Row], split: Split, fingerpr
     )
 
 
-def _finished_before(out: str, card: ModelCard) -> ModelCard | None:
+def finished_before(out: str, card: ModelCard) -> ModelCard | None:
     """The card at `out` if it is the one asked for; UsageError if it is another."""
     if not storage.exists(storage.join(out, CARD)):
         return None
@@ -125,17 +148,19 @@ def _finished_before(out: str, card: ModelCard) -> ModelCard | None:
     raise UsageError(f"{out} holds another model ('{there.name}', made {there.created_at}); choose another --out or remove it")
 
 
-def _claim(work: str, card: ModelCard) -> None:
-    """Mark the work folder as this training's; UsageError if it belongs to another config or manifest."""
+def claimed_before(work: str, card: ModelCard) -> bool:
+    """Whether the work folder holds this very training, unfinished; UsageError if it holds another's."""
     place = storage.join(work, "training.json")
-    mine = {"config": card.train.fingerprint(), "manifest": card.manifest_fingerprint}
-    if storage.exists(place):
-        if storage.read_json(place) != mine:
-            raise UsageError(
-                f"{work} holds an unfinished training with another config or manifest; remove it or choose another --out"
-            )
-        return
-    storage.write_json(place, mine)
+    there = storage.exists(place)
+    if there and storage.read_json(place) != _claim(card):
+        raise UsageError(
+            f"{work} holds an unfinished training with another config or manifest; remove it or choose another --out"
+        )
+    return there
+
+
+def _claim(card: ModelCard) -> dict[str, str]:
+    return {"config": card.train.fingerprint(), "manifest": card.manifest_fingerprint}
 
 
 def _subset(table: pa.Table, rows: Sequence[Row]) -> pa.Table:
@@ -160,9 +185,11 @@ def _decode_once(work: str, table: pa.Table, wanted: set[str], config: TrainConf
         )
         .take_all()
     )
-    for receipt in receipts:
-        if receipt["problem"]:
-            say(f"left out: {receipt['problem']}")
+    problems = [receipt["problem"] for receipt in receipts if receipt["problem"]]
+    for line in problems[:LINES_LEFT_OUT]:
+        say(f"left out: {line}")
+    if len(problems) > LINES_LEFT_OUT:
+        say(f"left out: {len(problems) - LINES_LEFT_OUT} more; `segment` would list each in the quarantine")
     entries = [cache.Entry.from_json(json.loads(r["entry"])) for r in receipts if r["entry"]]
     if not entries:
         raise PreflightError("none of the training scans could be read")
@@ -181,7 +208,9 @@ def _decode_batch(batch: pa.Table, config_body: dict[str, Any], shards: str) -> 
             cache.region_bits(scan, config.regions, label_map(row["label_map"]))
             select_modalities(scan, config.modalities)
         except (ScanError, StorageError) as error:
-            receipts.append({"entry": "", "problem": f"{row['scan_id']}: {error}"})
+            said = str(error)
+            problem = said if said.startswith(row["scan_id"]) else f"{row['scan_id']}: {said}"
+            receipts.append({"entry": "", "problem": problem})
         else:
             scans.append((scan, row["label_map"]))
     if scans:
@@ -248,11 +277,17 @@ def _keep(out: str, work: str, card: ModelCard) -> ModelCard:
     state = result["state"]
     card = card.model_copy(
         update={
-            "metrics": {"validation_dice": state["best_dice"], "held_out": result["held_out"]},
+            "metrics": {
+                "validation_dice": state["best_dice"],
+                "held_out": result["held_out"],
+                "held_out_scans": result["held_out_scans"],
+            },
             "baselines": result["baselines"],
             "training": {"epochs": state["epoch"], "best_epoch": state["best_epoch"], "seconds": round(state["elapsed_s"], 1)},
         }
     )
+    for name in (HELD_OUT_FILE, BASELINES_FILE, FAILED_FILE):
+        storage.write_bytes(storage.join(out, name), storage.read_bytes(storage.join(work, name)))
     log = storage.read_bytes(storage.join(work, "metrics.jsonl"))
     storage.write_bytes(storage.join(out, "metrics.jsonl"), log)
     storage.write_bytes(storage.join(out, "curves.png"), draw_curves([json.loads(x) for x in io.BytesIO(log)]))

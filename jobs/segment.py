@@ -12,7 +12,8 @@ from brainseg.specs import SegmentSpec, run
 def segment(spec: SegmentSpec) -> ExitCode:
     """Segment every scan into the run folder; SOME_FAILED where the quarantine is not empty."""
     limit = None if spec.max_failures is None else str(spec.max_failures)
-    how = build(How, {"max_failures": limit, "mode": spec.plan, "actors": spec.actors, "dry_run": spec.dry_run}, "spec")
+    kept = spec.model_dump(include={"actors", "scan_seconds", "dry_run"})
+    how = build(How, {"max_failures": limit, "mode": spec.plan, **kept}, "spec")
     counts = commands.segment(spec.source, spec.model, spec.out, Voice(), how, spec.set)
     return ExitCode.SOME_FAILED if counts.get("failed") else ExitCode.OK
 

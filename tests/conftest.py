@@ -30,3 +30,12 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a real Swift on loopback; the test is skipped where none can be had."""
+    from object_stores import swift_server
+
+    with swift_server(tmp_path_factory.mktemp("swift")) as endpoint:
+        yield endpoint

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from hypothesis import settings
 
@@ -12,6 +13,7 @@ from brainseg.formats.nifti import write_nifti
 from brainseg.geometry import Grid, from_canonical
 from brainseg.model import Model, ModelCard, Split, load_model, save_model
 from brainseg.scans import Scan
+from brainseg.tables import MANIFEST
 from brainseg.unet import UNet
 
 torch.set_num_threads(1)  # what the tests compute is too small to be shared out
@@ -91,6 +93,16 @@ def make_row(scan_id="scan", patient_id="patient", fold=0, sources=(), modalitie
         "problem": None,
         **changes,
     }
+
+
+def cohort(patients, grades=None, **columns):
+    """A manifest of bare scans s0, s1, ...: whose each is, its grade, and any other column as a list."""
+    rows = [make_row(f"s{n}", patient, fold=None, has_label=False, size_bytes=n) for n, patient in enumerate(patients)]
+    for n, row in enumerate(rows):
+        file = {"uri": f"/a/{n}", "role": "image", "modality": "t1", "index": None, "size_bytes": n, "tag": "t"}
+        row |= {"sources": [file], "attributes": [("grade", grades[n])] if grades else []}
+        row |= {name: values[n] for name, values in columns.items()}
+    return pa.Table.from_pylist(rows, schema=MANIFEST)
 
 
 def write_scan(folder: Path, scan: Scan, **changes):

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from brainseg import aggregate as aggregate_module
 from brainseg import tables
-from brainseg.aggregate import RegionSummary, Spread, aggregate, bootstrap_interval, paired_comparison
+from brainseg.aggregate import (
+    Distances,
+    RegionSummary,
+    Spread,
+    aggregate,
+    bootstrap_interval,
+)
 from brainseg.metrics import TRUST_FROM_NETWORK, score_region
 
 INF = math.inf
@@ -113,6 +119,85 @@ def test_patients_without_a_name_count_one_by_one():
     assert summary.patient_mean_dice == pytest.approx(1 / 3)
 
 
+# --- lesions, and what finding nothing is worth
+
+
+def lesion_row(state, tp=0, fp=0, fn=0, dice=0.0, hd95_mm=0.0, in_mm=True):
+    """The columns of a scan's lesion-wise figures; `dice` and `hd95_mm` are sums over its true positives."""
+    num = tp + fp + fn
+    return {
+        "region": "tumor",
+        "patient_id": "p",
+        "state": state,
+        "prediction_volume_mm3": 8.0 if in_mm else None,
+        "lesionwise_tp": tp,
+        "lesionwise_fp": fp,
+        "lesionwise_fn": fn,
+        "lesionwise_dice": dice / num if num else None,
+        "lesionwise_hd95_mm": (hd95_mm + 374 * (fp + fn)) / num if num and in_mm else None,
+    }
+
+
+LESIONS = [
+    lesion_row("both", tp=1, fn=1, dice=0.8, hd95_mm=2),  # 0.4, 188
+    lesion_row("missed", fn=1),  # 0, 374
+    lesion_row("both"),  # all label lesions too small to count, nothing wrong predicted
+    lesion_row("both_empty"),
+]
+
+
+def test_a_scan_without_lesions_has_no_lesion_figure_or_a_perfect_one():
+    plain, brats = (aggregate(LESIONS, rule=rule)["tumor"] for rule in ("exclude", "brats"))
+    assert (plain.lesionwise_dice.num, plain.lesionwise_dice.mean) == (2, pytest.approx(0.2))
+    assert (plain.lesionwise_hd95_mm.num, plain.lesionwise_hd95_mm.mean) == (2, pytest.approx((188 + 374) / 2))
+    assert (brats.lesionwise_dice.num, brats.lesionwise_dice.mean) == (4, pytest.approx((0.4 + 0 + 1 + 1) / 4))
+    assert (brats.lesionwise_hd95_mm.num, brats.lesionwise_hd95_mm.mean) == (4, pytest.approx((188 + 374) / 4))
+
+
+def test_lesion_distances_stay_null_where_spacing_is_unknown():
+    in_pixels = [lesion_row("both", tp=1, dice=0.8, in_mm=False), lesion_row("both_empty", in_mm=False)]
+    brats = aggregate(in_pixels, rule="brats")["tumor"]
+    assert (brats.lesionwise_dice.num, brats.lesionwise_hd95_mm.num) == (2, 0)
+
+
+def test_a_table_without_lesion_columns_has_no_lesion_figures_under_either_rule():
+    names = ("lesion_recall", "lesion_precision", "lesion_f1", "lesionwise_dice", "lesionwise_hd95_mm")
+    old = [{name: value for name, value in r.items() if not name.startswith("lesion")} for r in COHORT]
+    for rule in ("exclude", "brats"):
+        for rows in (old, pa.Table.from_pylist(old)):
+            summary = aggregate(rows, rule=rule)["tumor"]
+            assert {getattr(summary, name) for name in names} == {Spread(0, None, None, None, None)}
+
+
+def test_plain_lesion_figures_are_means_over_the_scans_that_have_them():
+    rows = [r | {"lesion_recall": v, "lesion_f1": v} for r, v in zip(LESIONS, (0.5, 0.0, 1.0, None), strict=True)]
+    for rule in ("exclude", "brats"):
+        summary = aggregate(rows, rule=rule)["tumor"]
+        assert (summary.lesion_recall, summary.lesion_precision.num) == (Spread(3, 0.5, 0.5, 0.25, 0.75), 0)
+        assert summary.lesion_f1 == summary.lesion_recall
+
+
+def test_labelled_dice_is_over_scans_with_tumour_under_both_rules():
+    for rule in ("exclude", "brats"):
+        labelled = aggregate(COHORT, rule=rule)["tumor"].labelled_dice
+        assert (labelled.num, labelled.mean) == (3, pytest.approx((1 + 2 / 3 + 0) / 3))
+
+
+def test_a_model_that_predicts_nothing_is_rewarded_nowhere():
+    rows = [row((5,), NOTHING, f"p{i}") for i in range(4)]
+    plain, brats = (aggregate(rows, rule=rule)["tumor"] for rule in ("exclude", "brats"))
+    for summary in (plain, brats):
+        assert summary.states == {"both": 0, "missed": 4, "spurious": 0, "both_empty": 0, "no_label": 0}
+        zero = Spread(4, 0.0, 0.0, 0.0, 0.0)
+        assert {summary.dice, summary.labelled_dice, summary.iou, summary.recall, summary.nsd_1mm, summary.nsd_2mm} == {zero}
+        assert {summary.lesion_recall, summary.lesion_f1, summary.lesionwise_dice} == {zero}
+        assert (summary.precision.num, summary.lesion_precision.num) == (0, 0)
+        assert (summary.pooled_dice, summary.patient_mean_dice) == (0, 0)
+        assert (summary.lesionwise_hd95_mm.mean, summary.volume_error_relative.mean) == (374, -1)
+    assert plain.hd95_mm == Distances(4, 4, INF, INF, INF, None)
+    assert (brats.hd95_mm.mean_finite, brats.hd95_mm.median) == (373.13, 373.13)
+
+
 def test_regions_come_in_order_of_appearance_and_do_not_mix():
     rows = [row((3,), (3,), region="WT"), row((3,), NOTHING, region="ET"), row((3,), (3,), region="WT")]
     found = aggregate(rows)
@@ -131,7 +216,7 @@ def test_an_unknown_rule_is_refused():
         aggregate(COHORT, rule="zero")
 
 
-PAIRS = st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=8)
+PAIRS = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=8)
 
 
 @settings(max_examples=40, deadline=None)
@@ -142,14 +227,29 @@ def test_missing_a_tumour_never_improves_any_aggregate(pairs, data):
     worse = [row((size,), NOTHING) if i == lost else r for i, (r, (size, _, _)) in enumerate(zip(rows, pairs, strict=True))]
     for rule in ("exclude", "brats"):
         before, after = (aggregate(r, rule=rule)["tumor"] for r in (rows, worse))
-        for name in ("dice", "iou", "recall", "nsd_1mm"):
+        for name in ("dice", "labelled_dice", "iou", "recall", "nsd_1mm", "lesion_recall", "lesion_f1"):
             old, new = getattr(before, name), getattr(after, name)
             assert new.num == old.num
             assert new.mean <= old.mean + 1e-12
             assert new.median <= old.median + 1e-12
         assert after.hd95_mm.median >= before.hd95_mm.median
         assert after.hd95_mm.num_infinite >= before.hd95_mm.num_infinite
+        assert after.patient_mean_dice <= before.patient_mean_dice + 1e-12
     assert after.hd95_mm.mean_finite >= before.hd95_mm.mean_finite
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(4, 5), st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=5), st.data())
+def test_missing_a_lesion_that_counts_never_improves_a_lesionwise_figure(pairs, data):
+    rows = [row((size,), (found, shift)) for size, found, shift in pairs]
+    lost = data.draw(st.integers(0, len(rows) - 1))
+    worse = [row((size,), NOTHING) if i == lost else r for i, (r, (size, _, _)) in enumerate(zip(rows, pairs, strict=True))]
+    for rule in ("exclude", "brats"):
+        before, after = (aggregate(r, rule=rule)["tumor"] for r in (rows, worse))
+        assert after.lesionwise_dice.num == before.lesionwise_dice.num == len(pairs)
+        assert after.lesionwise_dice.mean <= before.lesionwise_dice.mean + 1e-12
+        assert after.lesionwise_hd95_mm.mean >= before.lesionwise_hd95_mm.mean - 1e-9
+        assert after.lesionwise_hd95_mm.median >= before.lesionwise_hd95_mm.median
 
 
 @settings(max_examples=100, deadline=None)
@@ -273,50 +373,3 @@ def test_the_interval_of_a_large_cohort_is_that_of_the_central_limit():
 
 
 # --- comparisons
-
-
-def test_equal_runs_do_not_differ():
-    result = paired_comparison([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], ["a", "b", "c"])
-    assert (result.difference, result.interval, result.wilcoxon_p, result.num_pairs) == (0, (0, 0), 1, 3)
-
-
-def test_a_steady_gain_is_told_from_chance_and_noise_is_not():
-    rng = np.random.default_rng(5)
-    before, patients = rng.random(60), np.arange(60) // 2
-    gain = paired_comparison(before + 0.05 + 0.01 * rng.random(60), before, patients)
-    assert gain.num_patients == 30
-    assert gain.interval[0] > 0.04
-    assert gain.wilcoxon_p < 0.001
-    noise = paired_comparison(before + rng.normal(0, 0.05, 60), before, patients)
-    assert noise.interval[0] < 0 < noise.interval[1]
-    assert noise.wilcoxon_p > 0.05
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from([0, 0.25, 0.5, 1]), st.sampled_from([0, 0.25, 0.5, 1]), st.integers(0, 5)),
-        min_size=2,
-        max_size=20,
-    )
-)
-def test_exchanging_the_runs_turns_the_difference_round(rows):
-    a, b, patients = map(list, zip(*rows, strict=True))
-    one, two = paired_comparison(a, b, patients, draws=100), paired_comparison(b, a, patients, draws=100)
-    assert one.difference == pytest.approx(-two.difference)
-    assert one.wilcoxon_p == pytest.approx(two.wilcoxon_p)
-    assert 0 < one.wilcoxon_p <= 1
-    if len(set(patients)) > 1:
-        assert one.interval == pytest.approx((-two.interval[1], -two.interval[0]))
-
-
-def test_pairs_with_a_null_are_left_out_and_counted():
-    result = paired_comparison([0.5, None, 0.9], [0.4, 0.4, 0.8], ["a", "b", "c"])
-    assert (result.num_pairs, result.num_patients) == (2, 2)
-    assert result.difference == pytest.approx(0.1)
-    assert math.isnan(paired_comparison([None], [0.1], ["a"]).difference)
-
-
-def test_infinite_distances_are_not_compared():
-    with pytest.raises(ValueError, match="infinite"):
-        paired_comparison([1, INF], [1, 2], ["a", "b"])

@@ -101,8 +101,8 @@ def test_an_archive_that_is_a_file(refused, place):
 
 
 def test_an_unknown_layout_lists_the_known_ones(refused, heads):
-    line = refused("index", heads / "archive", "--layout", "dicom", "--out", "m.parquet")
-    assert "unknown layout 'dicom'; known: lgg, figshare, brats, h5slices" in line
+    line = refused("index", heads / "archive", "--layout", "nrrd", "--out", "m.parquet")
+    assert "unknown layout 'nrrd'; known: lgg, figshare, brats, h5slices, dicom" in line
 
 
 @pytest.mark.parametrize(

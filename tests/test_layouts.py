@@ -10,12 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainseg.errors import Code, UsageError
-from brainseg.layouts import FoundScan, Inventory, Layout, brats, figshare, gap, h5slices, harmless, id_fault, lgg
+from brainseg.layouts import (
+    FoundScan,
+    Inventory,
+    Layout,
+    brats,
+    dicom,
+    figshare,
+    gap,
+    h5slices,
+    harmless,
+    id_fault,
+    lgg,
+    sliced,
+)
 from brainseg.regions import LABEL_MAPS
 from brainseg.storage import Entry, list_files
 
 ROOT = "/archive"
-LAYOUTS: Sequence[Layout] = (lgg, figshare, brats, h5slices)  # type: ignore[assignment]
+LAYOUTS: Sequence[Layout] = (lgg, figshare, brats, h5slices, dicom)  # type: ignore[assignment]
 LGG = "TCGA_CS_4941_19960909"
 
 
@@ -43,6 +56,9 @@ class TestEveryLayout:
         ),
         st.sampled_from(
             ["1.png", "01.png", "2_mask.png", "volume_1_slice_0.h5", "volume_1_slice_2.h5", "._1.png", "LICENSE.txt"]
+        ),
+        st.sampled_from(
+            ["p/flair/1.dcm", "p/FLAIR/IM2", "p/s/t1_ce/1.2.3", "p/dwi/1.dcm", "p/q-seg.nii.gz", "p/t1/DICOMDIR", "t2/1.dcm"]
         ),
         st.sampled_from(
             ["a/x_t1.nii", "a/x_t1.nii.gz", "a/x-T1n.nii", "b/x_seg.nii.gz", "b/_flair.nii", "c/con_t2.nii", ".git/y_t1.nii"]
@@ -76,7 +92,7 @@ class TestEveryLayout:
         words = [word.strip(",") for word in layout.EXAMPLE.split()]
         example = entries(word for word in words if "." in word)
         assert layout.matches(example) >= 1
-        assert [other.matches(example) for other in LAYOUTS if other is not layout] == [0, 0, 0]
+        assert [other.matches(example) for other in LAYOUTS if other is not layout] == [0] * (len(LAYOUTS) - 1)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("problem", [Code.OUTSIDE_ROOT, Code.NOT_A_FILE, Code.BAD_ID, Code.UNREADABLE])
@@ -313,6 +329,40 @@ class TestH5Slices:
         assert f"missing: {missing}" in str(scan.problem)
 
 
+class TestSliced:
+    def test_every_slice_keeps_patient_label_and_attributes_and_gets_an_id_of_its_own(self) -> None:
+        whole = find(lgg, *slices(LGG, range(1, 12), range(1, 12)))
+        parts = sliced(whole).scans
+        assert [part.scan_id for part in parts] == [f"{LGG}_{n:03d}" for n in range(11)]
+        assert {(p.patient_id, p.has_label, p.attributes["site"], p.problem) for p in parts} == {
+            ("TCGA_CS_4941", True, "CS", None)
+        }
+        assert [[s.role for s in part.sources] for part in parts] == [["image", "label"]] * 11
+        assert {s.index for part in parts for s in part.sources} == {0}
+        files = [s.uri for part in parts for s in part.sources]
+        assert files == [s.uri for scan in whole.scans for s in scan.sources]
+
+    def test_single_images_and_scans_with_a_problem_stay_whole(self) -> None:
+        images = find(figshare, "images/1.png", "masks/1.png", "images/2.png")
+        assert sliced(images).scans == images.scans
+        holed = find(lgg, *slices(LGG, [1, 3]))
+        assert sliced(holed).scans == holed.scans
+
+    def test_ids_stay_unique_and_short_enough(self) -> None:
+        long = "TCGA_" + "x" * 193
+        inventory = sliced(find(lgg, *slices(long, [1, 2])))
+        assert [scan.problem_code for scan in inventory.scans] == [Code.BAD_ID] * 2
+        assert len({scan.scan_id for scan in inventory.scans}) == 2
+
+    def test_hdf5_slices_are_slices_and_volumes_are_not(self) -> None:
+        parts = sliced(find(h5slices, *(f"volume_1_slice_{n}.h5" for n in range(3)))).scans
+        assert [(p.scan_id, p.patient_id, p.has_label) for p in parts] == [
+            (f"volume_1_{n:03d}", "volume_1", True) for n in range(3)
+        ]
+        with pytest.raises(UsageError, match="1 scans are stored as volumes, such as 'x'"):
+            sliced(find(brats, "x_t1.nii"))
+
+
 class TestIds:
     @pytest.mark.parametrize(
         "name",
@@ -373,6 +423,57 @@ class TestIds:
             "e": "",
         }
         assert harmless(row) == {"tumor_type": "a b", "stage": "2"}
+
+
+class TestDicom:
+    def test_slices_of_a_session_are_ordered_by_name_under_the_modality_of_their_folder(self) -> None:
+        files = [f"p/day1/{folder}/IM{n}.dcm" for folder in ("T1 post", "FLAIR", "t2_flair2") for n in (10, 9, 1)]
+        inventory = find(dicom, *files, "p/day1/p-seg.nii.gz")
+        scan = only(inventory)
+        assert (scan.scan_id, scan.patient_id, scan.modalities, scan.reader) == ("p_day1", "p", ("flair", "t1c"), "dicom")
+        assert [(s.modality, s.index, s.uri.rsplit("/", 1)[1]) for s in scan.sources] == [
+            *(("flair", i, f"IM{n}.dcm") for i, n in enumerate((1, 9, 10))),
+            *(("t1c", i, f"IM{n}.dcm") for i, n in enumerate((1, 9, 10))),
+            (None, None, "p-seg.nii.gz"),
+        ]
+        assert scan.has_label
+        assert len(inventory.ignored) == 3
+        assert all("'t2_flair2' names no modality" in reason for _, reason in inventory.ignored)
+
+    @pytest.mark.parametrize("name", ["1.dcm", "1.DCM", "x.ima", "IM0001", "1.2.840.113619.2.5", "z.dicom"])
+    def test_slices_are_known_by_ending_or_by_having_none(self, name: str) -> None:
+        assert len(only(find(dicom, f"p/t2/{name}")).sources) == 1
+
+    @pytest.mark.parametrize("name", ["DICOMDIR", "notes.txt", "1.nii.gz", "1.json"])
+    def test_what_is_no_slice_is_left_aside(self, name: str) -> None:
+        assert [uri for uri, _ in find(dicom, f"p/t2/{name}").ignored] == [f"{ROOT}/p/t2/{name}"]
+
+    def test_two_sessions_are_two_scans_of_one_patient(self) -> None:
+        scans = find(dicom, "p/a/t1/1.dcm", "p/b/t1/1.dcm").scans
+        assert [(s.scan_id, s.patient_id) for s in scans] == [("p_a", "p"), ("p_b", "p")]
+
+    def test_the_archive_itself_may_be_the_patient(self) -> None:
+        scan = only(find(dicom, "t1/1.dcm"))
+        assert (scan.scan_id, scan.patient_id) == ("archive", "archive")
+
+    def test_who_the_patient_is_must_not_be_guessed(self) -> None:
+        ((uri, reason),) = find(dicom, "site/p/s/t1/1.dcm").ignored
+        assert uri.endswith("1.dcm")
+        assert "too deep" in reason
+
+    def test_two_folders_of_one_modality_are_a_problem(self) -> None:
+        scan = only(find(dicom, "p/t1c/1.dcm", "p/T1_GD/1.dcm"))
+        assert scan.problem_code == Code.DUPLICATE_ID
+        assert "'T1_GD' and 't1c' both claim to be t1c" in str(scan.problem)
+
+    def test_two_labels_are_a_problem(self) -> None:
+        scan = only(find(dicom, "p/t1c/1.dcm", "p/a-seg.nii.gz", "p/b_seg.nii"))
+        assert scan.problem_code == Code.DUPLICATE_ID
+
+    def test_a_label_without_images_is_left_aside(self) -> None:
+        assert [reason for _, reason in find(dicom, "p/a-seg.nii.gz").ignored] == [
+            "a label without a modality folder beside it"
+        ]
 
 
 @settings(max_examples=100)

@@ -1,26 +1,44 @@
 """Manifest: an archive becomes one table, patients are never divided, and what is no manifest is refused."""
 
-from collections import Counter
+import io
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import tifffile
+from factory import cohort
 
+from brainseg.audit import audit_folds
+from brainseg.cli import main
+from brainseg.contents import with_contents
 from brainseg.errors import ConfigError, LeakageError, PreflightError, UsageError
+from brainseg.folds import FoldPlan, assign_folds
 from brainseg.manifest import (
-    assign_folds,
-    check_no_shared_patients,
+    AUDIT_KEY,
     fingerprint,
     index_archive,
-    patient_fold,
     read_manifest,
+    recorded_audit,
+    take_stock,
     write_manifest,
 )
+from brainseg.runs import content_tag
 from brainseg.tables import MANIFEST
+
+Run = Callable[..., dict[str, Any]]
+
+
+def tiff(plane: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, plane)
+    return file.getvalue()
 
 
 def archive(folder: Path, *names: str) -> str:
@@ -28,27 +46,6 @@ def archive(folder: Path, *names: str) -> str:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
     return str(folder)
-
-
-def cohort(patients: list[str | None], grades: list[str] | None = None) -> pa.Table:
-    """A manifest of bare scans: whose each is, and its grade."""
-    rows = [
-        {
-            "scan_id": f"s{i}",
-            "patient_id": patient,
-            "dataset": "d",
-            "layout": "brats",
-            "reader": "volumes",
-            "label_map": "binary",
-            "modalities": ["t1"],
-            "sources": [{"uri": f"/a/{i}", "role": "image", "modality": "t1", "index": None, "size_bytes": i, "tag": "t"}],
-            "has_label": False,
-            "size_bytes": i,
-            "attributes": [("grade", grades[i])] if grades else [],
-        }
-        for i, patient in enumerate(patients)
-    ]
-    return pa.Table.from_pylist(rows, schema=MANIFEST)
 
 
 class TestIndex:
@@ -100,7 +97,7 @@ class TestIndex:
         with pytest.raises(PreflightError, match="not supported"):
             index_archive("gs://bucket/x")
         with pytest.raises(UsageError, match="known: lgg"):
-            index_archive(str(archive(tmp_path, "1.png")), layout="dicom")
+            index_archive(str(archive(tmp_path, "1.png")), layout="nrrd")
 
     def test_indexing_again_is_the_same_and_a_changed_file_is_not(self, tmp_path: Path) -> None:
         root = archive(tmp_path, *(f"p{n}/p{n}_t1.nii" for n in range(7)))
@@ -118,68 +115,24 @@ class TestIndex:
         with pytest.raises(LeakageError, match="'A'"):
             index_archive(root)
 
+        assert index_archive(root, FoldPlan(accept_leakage=True))[0]["fold"].to_pylist() == [0, 1, 1]
+
     def test_folds_stay_unknown_where_patients_are(self, tmp_path: Path) -> None:
-        table, _ = index_archive(archive(tmp_path, "1.png", "2.png", "3.png"))
-        assert table["fold"].null_count == 3
-        assert sorted(assign_folds(table, folds=3, by_scan=True)["fold"].to_pylist()) == [0, 1, 2]
+        stock = take_stock(archive(tmp_path, "1.png", "2.png", "3.png"), FoldPlan())
+        assert stock.manifest["fold"].null_count == 3
+        assert "nobody says whose" in stock.folds
 
-
-class TestFolds:
-    PATIENTS = st.lists(st.one_of(st.none(), st.sampled_from([f"p{i}" for i in range(12)])), max_size=40)
-
-    @settings(max_examples=60, deadline=None)
-    @given(PATIENTS, st.integers(2, 7), st.integers(0, 5), st.booleans())
-    def test_all_scans_of_a_patient_share_the_fold(
-        self, patients: list[str | None], folds: int, seed: int, by_scan: bool
-    ) -> None:
-        table = assign_folds(cohort(patients), folds=folds, seed=seed, by_scan=by_scan)
-        check_no_shared_patients(table)
-        dealt = table["fold"].to_pylist()
-        assert all((fold is None) == (patient is None and not by_scan) for fold, patient in zip(dealt, patients, strict=True))
-        assert all(fold is None or 0 <= fold < folds for fold in dealt)
-        assert table.schema.equals(MANIFEST)
-
-    @settings(max_examples=60, deadline=None)
-    @given(st.sets(st.text("abc", min_size=1), min_size=1, max_size=30), st.integers(2, 7), st.integers(0, 5))
-    def test_folds_differ_by_at_most_one_patient(self, patients: set[str], folds: int, seed: int) -> None:
-        counts = Counter(assign_folds(cohort(sorted(patients)), folds=folds, seed=seed)["fold"].to_pylist())
-        sizes = [counts[fold] for fold in range(folds)]
-        assert max(sizes) - min(sizes) <= 1
-
-    @settings(max_examples=40, deadline=None)
-    @given(st.lists(st.sampled_from("HL"), min_size=1, max_size=40), st.integers(2, 5))
-    def test_a_stratum_is_spread_evenly(self, grades: list[str], folds: int) -> None:
-        table = assign_folds(cohort([f"p{i}" for i in range(len(grades))], grades), folds=folds, stratify="grade")
-        for grade in set(grades):
-            counts = Counter(f for f, g in zip(table["fold"].to_pylist(), grades, strict=True) if g == grade)
-            sizes = [counts[fold] for fold in range(folds)]
-            assert max(sizes) - min(sizes) <= 1
-
-    def test_the_order_of_rows_changes_nothing_and_the_seed_does(self) -> None:
-        table = cohort([f"p{i}" for i in range(20)])
-        mirrored = table.take(pa.array(range(19, -1, -1)))
-        folds = assign_folds(table)["fold"].to_pylist()
-        assert assign_folds(mirrored)["fold"].to_pylist() == folds[::-1]
-        assert assign_folds(table, seed=1)["fold"].to_pylist() != folds
-
-    def test_a_patients_own_fold_is_fixed_for_ever(self) -> None:
-        known = {"TCGA_CS_4941": 0, "TCGA_CS_4943": 0, "Zoë": 2}
-        assert {patient: patient_fold(patient, 5, 0) for patient in known} == known
-
-    def test_an_unknown_attribute_lists_those_there_are(self) -> None:
-        with pytest.raises(UsageError, match="there are: grade"):
-            assign_folds(cohort(["a"], ["H"]), stratify="colour")
-
-    @pytest.mark.parametrize("folds", [1, 0, -3])
-    def test_fewer_than_two_folds_are_refused(self, folds: int) -> None:
-        with pytest.raises(UsageError, match="2 or more"):
-            assign_folds(cohort(["a"]), folds=folds)
-
-    def test_a_shared_patient_is_named(self) -> None:
-        table = cohort(["a", "b", "a"])
-        table = table.set_column(table.schema.get_field_index("fold"), MANIFEST.field("fold"), pa.array([0, 1, 2], pa.int32()))
-        with pytest.raises(LeakageError, match="'a' lies in folds 0 and 2"):
-            check_no_shared_patients(table)
+    def test_every_slice_can_be_a_scan_of_its_own(self, tmp_path: Path) -> None:
+        name = "TCGA_CS_4941_19960909"
+        root = archive(tmp_path, *(f"{name}/{name}_{n}{m}.tif" for n in (1, 2, 10, 3, 4, 5, 6, 7, 8, 9) for m in ("", "_mask")))
+        rows = index_archive(root, unit="slice")[0].to_pylist()
+        assert [row["scan_id"] for row in rows] == [f"{name}_{n:03d}" for n in range(10)]
+        assert rows[9]["sources"][0]["uri"].endswith("_10.tif")
+        assert {(row["patient_id"], row["has_label"], row["fold"], len(row["sources"])) for row in rows} == {
+            ("TCGA_CS_4941", True, 0, 2)
+        }
+        with pytest.raises(UsageError, match=r"1 scans are stored as volumes, such as 'a'"):
+            index_archive(archive(tmp_path / "volumes", "a_t1.nii"), unit="slice")
 
 
 class TestFile:
@@ -199,6 +152,53 @@ class TestFile:
             connection.execute(f"copy ({query}) to '{tmp_path}/h.parquet'")
         expected = cohort(["a", "b", "c"], ["H", "L", "H"]).filter(pa.array([True, False, True]))
         assert read_manifest(f"{tmp_path}/h.parquet").equals(expected)
+
+    def test_the_audit_of_the_folds_travels_in_the_file_and_changes_nothing_else(self, tmp_path: Path) -> None:
+        table = assign_folds(cohort(["a", "b", "c"]))
+        audit = audit_folds(table, contents_compared=False)
+        write_manifest(f"{tmp_path}/m.parquet", table, audit)
+        assert recorded_audit(f"{tmp_path}/m.parquet") == audit
+        assert read_manifest(f"{tmp_path}/m.parquet").schema.equals(MANIFEST, check_metadata=True)
+        write_manifest(f"{tmp_path}/bare.parquet", read_manifest(f"{tmp_path}/m.parquet"))
+        assert recorded_audit(f"{tmp_path}/bare.parquet") is None
+
+    @pytest.mark.parametrize("noted", [b"", b"no json", b"[1]", b'{"of": 1}', b'{"of": "", "audit": {}}'])
+    def test_an_audit_that_cannot_be_read_is_none(self, tmp_path: Path, noted: bytes) -> None:
+        table = cohort(["a"])
+        pq.write_table(table.replace_schema_metadata({AUDIT_KEY: noted}), tmp_path / "m.parquet")
+        assert recorded_audit(f"{tmp_path}/m.parquet") is None
+
+    def test_an_audit_of_other_folds_or_scans_is_none(self, tmp_path: Path) -> None:
+        table = assign_folds(cohort(["a", "b", "c"]))
+        write_manifest(f"{tmp_path}/m.parquet", table, audit_folds(table, contents_compared=True))
+        whole = pq.read_table(tmp_path / "m.parquet")
+        assert json.loads(whole.schema.metadata[AUDIT_KEY])["audit"]["verdict"] == "clean"
+        pq.write_table(whole.slice(1), tmp_path / "fewer.parquet")
+        assert recorded_audit(f"{tmp_path}/fewer.parquet") is None
+        moved = whole.set_column(whole.schema.get_field_index("fold"), MANIFEST.field("fold"), pa.array([0, 0, 0], pa.int32()))
+        pq.write_table(moved, tmp_path / "moved.parquet")
+        assert recorded_audit(f"{tmp_path}/moved.parquet") is None
+        with pytest.raises(UsageError, match="not a manifest"):
+            recorded_audit(f"{tmp_path}/absent.parquet")
+
+    def test_a_manifest_of_an_earlier_version_without_hashes_is_read(self, tmp_path: Path) -> None:
+        rows = cohort(["a", "b"]).to_pylist()
+        for row in rows:
+            for source in row["sources"]:
+                del source["sha256"]
+        known = [f for f in MANIFEST.field("sources").type.value_type if f.name != "sha256"]
+        kind = pa.list_(pa.struct(known))
+        older = pa.schema([f.with_type(kind) if f.name == "sources" else f for f in MANIFEST])
+        pq.write_table(pa.Table.from_pylist(rows, schema=older), tmp_path / "m.parquet")
+        assert read_manifest(f"{tmp_path}/m.parquet").equals(cohort(["a", "b"]))
+
+    def test_hashes_change_neither_fingerprint_nor_content_tags(self, tmp_path: Path) -> None:
+        root = archive(tmp_path, "a/a_t1.nii", "b/b_t1.nii", "c/c_t1.nii")
+        table = index_archive(root)[0]
+        hashed = with_contents(table)
+        assert not hashed.equals(table)
+        assert fingerprint(hashed) == fingerprint(table)
+        assert [content_tag(r) for r in hashed.to_pylist()] == [content_tag(r) for r in table.to_pylist()]
 
     def test_a_slice_of_a_table_is_written_as_itself(self, tmp_path: Path) -> None:
         table = pa.concat_tables([cohort(["a", "b", "c"]).slice(1, 1), cohort(["a", "b", "c"]).slice(2)])
@@ -245,6 +245,69 @@ class TestFile:
         assert len({fingerprint(t) for t in (table, moved, renamed, table.slice(0, 1))}) == 4
         other_patients = table.set_column(1, MANIFEST.field(1), pa.array(["x", "y"]))
         assert fingerprint(other_patients) == fingerprint(table)
+
+
+class TestCommand:
+    """`brainseg index` from its words to the file: two patients of eight slices; the second is blank, the third the same."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+        monkeypatch.chdir(tmp_path)
+        for n, name in enumerate(("TCGA_CS_4941_19960909", "TCGA_DU_5851_19950428")):
+            (tmp_path / "archive" / name).mkdir(parents=True)
+            for number in range(1, 9):
+                plane = np.zeros((8, 8), np.uint8)
+                if number != 2:
+                    plane[number - 1, 3 if number == 3 else n] = 200
+                (tmp_path / "archive" / name / f"{name}_{number}.tif").write_bytes(tiff(plane))
+
+        def call(*words: str) -> dict[str, Any]:
+            line = ["brainseg", "index", "archive", "--out", "m.parquet", "--json", "--folds", "2", *words]
+            monkeypatch.setattr(sys, "argv", line)
+            with pytest.raises(SystemExit) as ended:
+                main()
+            out, err = capsys.readouterr()
+            return {"code": ended.value.code, "err": err, **json.loads(out or "{}")}
+
+        return call
+
+    def test_it_says_how_folds_came_about_and_records_what_leaks(self, run: Run) -> None:
+        said = run()
+        assert (said["folds"], said["stratified_by"]) == ("2 by patient, not stratified", None)
+        audit = recorded_audit("m.parquet")
+        assert audit is not None
+        assert said["audit"] == audit.to_json()
+
+    def test_what_is_blank_or_once_there_has_no_hash_and_no_hash_means_not_compared(self, run: Run) -> None:
+        assert run("--unit", "slice")["audit"]["contents_compared"]
+        hashed = {r["scan_id"][-3:]: r["sources"][0]["sha256"] for r in read_manifest("m.parquet").to_pylist()}
+        assert hashed["001"] is None
+        assert run("--no-hash")["audit"]["reason"] == "contents were not compared"
+
+    def test_identical_slices_of_two_patients_are_found_across_folds(self, run: Run) -> None:
+        audit = run("--unit", "slice")["audit"]
+        assert (audit["verdict"], audit["identical"], audit["identical_across"], audit["identical_patients"]) == (
+            "leaks",
+            1,
+            1,
+            1,
+        )
+        assert audit["identical_examples"] == ["TCGA_CS_4941_19960909_002 and TCGA_DU_5851_19950428_002"]
+
+    def test_a_random_slice_split_needs_to_be_asked_for_twice_and_is_told(self, run: Run) -> None:
+        refused = run("--unit", "slice", "--folds-by", "scan")
+        assert (refused["code"], Path("m.parquet").exists()) == (2, False)
+        assert "Pass --accept-leakage" in refused["err"]
+        told = run("--unit", "slice", "--folds-by", "scan", "--accept-leakage")
+        assert told["folds"] == "2 by scan, not stratified"
+        assert told["audit"]["shared_patients"] == 2
+
+    def test_folds_and_attribute_of_ones_own(self, run: Run) -> None:
+        Path("folds.csv").write_text("patient,fold\nTCGA_CS_4941,1\nTCGA_DU_5851,0\n")
+        assert run("--folds-from", "folds.csv")["folds"] == "as folds.csv says"
+        assert read_manifest("m.parquet")["fold"].to_pylist() == [1, 0]
+        assert run("--stratify", "site")["stratified_by"] == "site"
+        assert "there are: site" in run("--stratify", "colour")["err"]
 
 
 def test_three_real_patients_fall_into_three_folds(data_dir: Path) -> None:

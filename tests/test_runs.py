@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from brainseg import runs, storage
 from brainseg.errors import RunError, StorageError
 from brainseg.metrics import score_region
 from brainseg.model import Split
-from brainseg.runs import Identity, Lease
+from brainseg.runs import Identity
 from brainseg.tables import METRICS, SCANS
 
 IDENTITY = Identity("manifest-1", "model-1", "config-1")
@@ -28,7 +26,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 def source(scan_id, size=10, role="image"):
     uri = f"/archive/{scan_id}.nii.gz"
-    return {"uri": uri, "role": role, "modality": "flair", "index": None, "size_bytes": size, "tag": "t"}
+    return {"uri": uri, "role": role, "modality": "flair", "index": None, "size_bytes": size, "tag": "t", "sha256": None}
 
 
 def manifest_row(scan_id, size=10, label=False):
@@ -112,59 +110,6 @@ class TestOpening:
         with pytest.raises(RunError, match=f"another {what} .*choose another --out"):
             runs.open_run(run, Identity(**{**IDENTITY.__dict__, f"{what}_fingerprint": "other"}), {})
         assert Path(run, "run.json").read_bytes() == before
-
-
-HOLDER = """
-import sys, time
-from brainseg.runs import Lease
-with Lease(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-class TestLease:
-    def test_a_living_driver_is_respected_and_a_dead_one_succeeded(self, run):
-        root = str(Path(runs.__file__).parents[1])
-        other = subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE, cwd=root)
-        try:
-            assert other.stdout.readline() == b"held\n"
-            with pytest.raises(RunError, match=f"process {other.pid} on"), Lease(run):
-                pass
-            assert storage.read_json(f"{run}/lease.json")["pid"] == other.pid
-        finally:
-            other.kill()
-            other.communicate()
-        with Lease(run):
-            assert storage.read_json(f"{run}/lease.json")["pid"] != other.pid
-
-    def test_it_is_given_back_at_the_end_even_after_an_error(self, run):
-        def fail():
-            with Lease(run):
-                assert storage.exists(f"{run}/lease.json")
-                raise ZeroDivisionError
-
-        with pytest.raises(ZeroDivisionError):
-            fail()
-        assert not storage.exists(f"{run}/lease.json")
-
-    @pytest.mark.parametrize(("age_s", "alive"), [(1, True), (1000, False)])
-    def test_of_a_driver_on_another_host_only_the_heartbeat_is_known(self, run, age_s, alive):
-        beat = datetime.now(UTC).timestamp() - age_s
-        storage.write_json(f"{run}/lease.json", {"host": "elsewhere", "pid": 1, "born": "1", "heartbeat": beat})
-        if alive:
-            with pytest.raises(RunError, match="process 1 on elsewhere"), Lease(run):
-                pass
-        else:
-            with Lease(run):
-                assert storage.read_json(f"{run}/lease.json")["host"] != "elsewhere"
-
-    def test_a_reused_process_id_is_not_mistaken_for_the_driver(self, run):
-        with Lease(run):
-            mine = storage.read_json(f"{run}/lease.json")
-        storage.write_json(f"{run}/lease.json", {**mine, "pid": 1, "born": "not when process 1 was born"})
-        with Lease(run):
-            pass
 
 
 class TestParts:

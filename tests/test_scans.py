@@ -1,6 +1,7 @@
 """Scans: whatever the files, one checked Scan comes out or one reason why not."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from brainseg.errors import Code, ScanError
 from brainseg.formats.images import write_png
 from brainseg.formats.nifti import write_nifti
 from brainseg.geometry import Grid
-from brainseg.scans import Scan, load_scan
+from brainseg.layouts import FoundScan, Inventory, Source, sliced
+from brainseg.manifest import index_archive
+from brainseg.scans import Scan, load_label, load_scan
 
 LPS = np.diag([-1.0, -1.0, 2.0, 1.0])
 SHAPE = (6, 8, 10)
@@ -165,10 +168,16 @@ def test_mixed_and_double_types_become_float32_and_others_are_kept(tmp_path):
         np.testing.assert_array_equal(scan.image, np.stack([v[HEAD] for v in pair.values()]))
 
 
-def test_a_copied_modality_is_named_and_told(tmp_path):
-    scan = load_scan(volumes_row(tmp_path, {"t1": volume(1), "t2": volume(2), "flair": volume(1)}))
-    assert scan.duplicated == ("flair",)
-    assert codes(scan) == ["DUPLICATE_CONTENT"]
+def test_a_copied_modality_is_refused_and_named(tmp_path):
+    error = refusal(volumes_row(tmp_path, {"t1": volume(1), "t2": volume(2), "flair": volume(1)}))
+    assert error.code is Code.DUPLICATE_CONTENT
+    assert "found flair equal" in error.message
+
+
+def test_a_label_of_255_in_a_volume_is_read_as_its_map_says_and_told(tmp_path):
+    scan = load_scan(volumes_row(tmp_path, {"t1": volume()}, tumour(255), label_map="binary"))
+    np.testing.assert_array_equal(scan.label, tumour(1))
+    assert codes(scan) == ["BAD_LABELS"]
 
 
 def test_the_label_is_read_only_on_request(tmp_path):
@@ -240,6 +249,52 @@ def test_a_label_that_is_no_label_is_refused(tmp_path, value, code):
     error = refusal(volumes_row(tmp_path, {"t1": volume()}, label))
     assert error.code is code
     assert error.message.startswith("label.nii.gz: ")
+
+
+def test_an_unknown_value_names_the_slice_that_holds_it(tmp_path):
+    label = tumour(255)
+    label[3, 4, 5] = 7
+    for kind in (np.uint8, np.float32):
+        error = refusal(stack_row(tmp_path, volume(kind="u1"), label.astype(kind)))
+        assert error.code is Code.BAD_LABELS
+        assert error.message.startswith("label_3.tif: label value 7 is not in the label map 'binary'")
+    interpolated = tumour(1).astype(np.float32)
+    interpolated[2, 3, 4] = 0.4
+    assert refusal(stack_row(tmp_path, volume(kind="u1"), interpolated)).message.startswith(
+        "label_2.tif: found label values 0.4"
+    )
+
+
+@pytest.mark.parametrize(("name", "values"), [("brats2013", (1, 2, 3, 4)), ("brats2020", (1, 2, 4)), ("brats2023", (1, 2, 3))])
+@pytest.mark.parametrize("kind", ["u1", "i2", "f4", "f8"])
+def test_a_data_set_keeps_its_own_values_in_whatever_type_they_are_stored(tmp_path, name, values, kind):
+    label = tumour(0)
+    label[2, 3, 4 : 4 + len(values)] = values
+    row = volumes_row(tmp_path, {"t1": volume()}, label.astype(kind), label_map=name)
+    np.testing.assert_array_equal(load_scan(row).label, label)
+    foreign = next(v for v in range(1, 9) if v not in values)
+    label[3, 3, 4] = foreign
+    error = refusal(volumes_row(tmp_path, {"t1": volume()}, label.astype(kind), label_map=name))
+    assert error.code is Code.BAD_LABELS
+    assert error.message.startswith(f"label.nii.gz: label value {foreign} is not in the label map '{name}'")
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "i4", "f4"])
+def test_masks_of_0_and_255_and_of_0_and_1_mean_the_same(tmp_path, kind):
+    for value in (1, 255):
+        scan = load_scan(volumes_row(tmp_path, {"t1": volume()}, tumour(value).astype(kind), label_map="binary"))
+        np.testing.assert_array_equal(scan.label, tumour(1))
+
+
+def test_the_label_alone_is_checked_as_it_is_with_its_image(tmp_path):
+    row = stack_row(tmp_path, volume(kind="u1"), tumour(255))
+    np.testing.assert_array_equal(load_label(row)[0], load_scan(row).label)
+    bad = tumour(1)
+    bad[3, 4, 5] = 7
+    row = stack_row(tmp_path, volume(kind="u1"), bad)
+    with pytest.raises(ScanError) as caught:
+        load_label(row)
+    assert caught.value.message == refusal(row).message
 
 
 def test_an_empty_label_is_a_label_but_told(tmp_path):
@@ -341,6 +396,25 @@ def test_warnings_of_many_slices_are_said_once(tmp_path):
     np.testing.assert_array_equal(scan.image[0], volume(kind="u1")[HEAD])
 
 
+def as_slices(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that `index --unit slice` makes of a row."""
+    kept = {k: row[k] for k in ("scan_id", "reader", "label_map", "problem_code", "problem")}
+    sources = tuple(Source(**s) for s in row["sources"])
+    found = FoundScan(**kept, patient_id=None, dataset="d", layout="l", modalities=tuple(row["modalities"]), sources=sources)
+    scans = sliced(Inventory([found])).scans
+    return [{**row, "scan_id": s.scan_id, "sources": [asdict(source) for source in s.sources]} for s in scans]
+
+
+def test_the_slices_of_a_stack_taken_one_by_one_make_up_its_scan(tmp_path):
+    image, label = np.stack([volume(i, "u1") for i in range(3)], axis=-1), tumour(255)
+    image[0], image[5] = image[1], image[4]
+    row = stack_row(tmp_path, image, label, modalities=("pre", "flair", "post"))
+    whole, parts = load_scan(row), [load_scan(r) for r in as_slices(row)]
+    assert [p.scan_id for p in parts] == [f"scan-1_{n:03d}" for n in range(6)]
+    np.testing.assert_array_equal(np.concatenate([p.label for p in parts]), whole.label)
+    np.testing.assert_array_equal(np.concatenate([p.image for p in parts], axis=1), whole.image)
+
+
 # --- HDF5 slices
 
 
@@ -366,6 +440,20 @@ def test_hdf5_slices_are_turned_to_rows_and_columns_of_the_nifti(tmp_path):
     assert scan.warnings == ()
 
 
+def test_hdf5_slices_taken_one_by_one_keep_their_labels(tmp_path):
+    row = h5_row(tmp_path, *h5_parts())
+    whole, rows = load_scan(row), as_slices(row)
+    np.testing.assert_array_equal(np.concatenate([load_scan(r).label for r in rows[1:5]]), whole.label[1:5])
+    assert refusal(rows[0]).code is Code.EMPTY_VOLUME
+
+
+def test_a_mask_that_is_not_one_hot_names_its_file(tmp_path):
+    image, hot = h5_parts()
+    hot[4, 0, 0] = 1
+    error = refusal(h5_row(tmp_path, image, hot))
+    assert (error.code, error.message.split(":")[0]) == (Code.BAD_LABELS, "slice_4.h5")
+
+
 def test_hdf5_slices_of_another_form_are_refused(tmp_path):
     image, hot = h5_parts()
     assert refusal(h5_row(tmp_path, np.moveaxis(image, -1, 1), hot)).code is Code.SHAPE_MISMATCH
@@ -378,6 +466,15 @@ def test_hdf5_slices_of_another_form_are_refused(tmp_path):
 
 
 # --- real scans
+
+
+def test_the_five_values_of_brats_2013_stored_as_floats_are_kept(data_dir):
+    row = index_archive(str(data_dir / "brats2013"))[0].to_pylist()[0]
+    label = load_scan(row).label
+    stored = next(s["uri"] for s in row["sources"] if s["role"] == "label")
+    np.testing.assert_array_equal(label, np.asanyarray(nib.load(stored).dataobj).T)
+    assert np.asanyarray(nib.load(stored).dataobj).dtype == np.float32
+    assert np.unique(label).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_four_modalities_on_four_grids_are_refused_with_all_four_named(data_dir):

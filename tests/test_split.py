@@ -1,12 +1,16 @@
 """Split: nobody stands on two sides, and where that cannot be known it is refused."""
 
+import pyarrow as pa
 import pytest
 from factory import FEW, make_row, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brainseg.audit import audit_split
 from brainseg.errors import LeakageError, PreflightError
+from brainseg.folds import FoldPlan, deal
 from brainseg.split import BLOCK, split_rows
+from brainseg.tables import MANIFEST
 
 PARTS = ("train", "validation", "test")
 
@@ -64,9 +68,11 @@ def test_a_patient_divided_by_the_folds_is_named():
     mixed = [*rows, make_row("nameless", None, fold=2)]
     with pytest.raises(LeakageError, match="p1"):
         split_rows(mixed, tiny_config())
-    split, _ = split_rows(rows, tiny_config(accept_leakage=True))
-    assert "p1" in {*split.train, *split.validation}
-    assert "p1" in split.test
+    split, parts = split_rows(rows, tiny_config(accept_leakage=True))
+    assert split.unit == "scan"
+    assert split.part_of("p1", "extra") == "test"
+    others = [r["scan_id"] for r in rows if r["patient_id"] == "p1" and r["scan_id"] != "extra"]
+    assert {split.part_of("p1", name) for name in others} <= {"train", "validation"}
 
 
 def test_unknown_patients_without_folds_are_refused_unless_accepted():
@@ -101,6 +107,34 @@ def test_given_folds_serve_where_patients_are_unknown_and_validation_takes_neigh
     for start in range(0, len(runs[0]), BLOCK):
         block = runs[0][start : start + BLOCK]
         assert block == list(range(block[0], block[0] + BLOCK))
+
+
+def single_images(patients, count):
+    """Slices as scans of their own, 10 a patient, as `index --unit slice` makes them; whose they are may be unknown."""
+    file = {"uri": "/a", "role": "both", "modality": None, "index": 0, "size_bytes": 1, "tag": "t"}
+    who = [f"p{n // 10}" if patients else None for n in range(count)]
+    return [make_row(f"p_{n:03d}", p, None, [file], reader="stack") for n, p in enumerate(who)]
+
+
+@pytest.mark.parametrize("patients", [True, False])
+def test_slices_dealt_at_random_are_refused_whether_patients_are_known_or_not(patients):
+    table = pa.Table.from_pylist(single_images(patients, 300), schema=MANIFEST)
+    dealt = deal(table, FoldPlan(by="scan", accept_leakage=True)).manifest.to_pylist()
+    says = "patients stand on two sides" if patients else "neighbouring slices as often as a random split would"
+    with pytest.raises(LeakageError, match=says):
+        split_rows(dealt, tiny_config())
+    _, parts = split_rows(dealt, tiny_config(accept_leakage=True))
+    assert len(parts["test"]) == 60
+    assert audit_split(parts).verdict == "leaks"
+    whose = {part: {r["patient_id"] for r in rows} for part, rows in parts.items()}
+    assert not patients or whose["validation"] <= whose["train"]  # a random split keeps nobody out as a whole
+
+
+def test_slices_dealt_by_patient_are_as_good_as_whole_scans():
+    table = pa.Table.from_pylist(single_images(patients=True, count=300), schema=MANIFEST)
+    _, parts = split_rows(deal(table, FoldPlan()).manifest.to_pylist(), tiny_config(validation_share=0.2))
+    found = audit_split(parts)
+    assert (found.shared_patients, found.neighbours, found.neighbours_across) == (0, 270, 0)
 
 
 def test_the_same_rows_and_seed_give_the_same_split_in_any_order_of_patients():
@@ -140,3 +174,9 @@ def test_a_small_set_lends_a_patient_to_validation():
     split, parts = split_rows(by_patient(3, folds=3), tiny_config(validation_share=0.001))
     assert (len(split.train), len(split.validation), len(split.test)) == (1, 1, 1)
     assert len(parts["validation"]) == 2
+
+
+def test_a_small_set_leaves_a_patient_to_train_on():
+    for seed in range(20):
+        _, parts = split_rows(by_patient(3, folds=3), tiny_config(validation_share=0.9, seed=seed))
+        assert [len(parts[part]) for part in PARTS] == [2, 2, 2]

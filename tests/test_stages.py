@@ -2,8 +2,12 @@
 
 import gzip
 import hashlib
+import re
 import socket
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +26,10 @@ from brainseg.metrics import score_scan
 from brainseg.model import Prediction
 from brainseg.regions import label_map
 from brainseg.runs import content_tag
-from brainseg.stages import Failure, Job, Work, decode, encode_mask, finish, guarded, in_groups, pack, predict, unpack
+from brainseg.masks import encode_mask
+from brainseg.stages import Failure, Job, Work, decode, finish, guarded, in_groups, pack, predict, unpack
 from brainseg.tables import SCANS
+from brainseg.time_limit import TimeLimit
 
 LOW = SegmentConfig(threshold=0.12)
 
@@ -174,12 +180,49 @@ class TestFailures:
         assert work.failure == failure
         assert (done["error_message"], done["seconds_decode"]) == ("found rubbish", 2.0)
 
-    def test_an_internal_error_tells_no_more_than_its_kind(self):
+    def test_an_internal_error_tells_its_kind_and_place_and_no_more(self, caplog):
+        secret = "a name of somebody"
+
         def call():
-            raise ValueError("a name of somebody")
+            try:
+                raise KeyError(secret)
+            except KeyError as error:
+                Grid.of((1, 2, 3), np.eye(7)).matrix  # noqa: B018
+                raise AssertionError from error
 
         failure = guarded("finish", "s1", call, make_row()).failure
-        assert failure == Failure("INTERNAL", "finish", "s1: ValueError inside brainseg; please report it")
+        place = re.fullmatch(r"s1: ValueError inside brainseg \((geometry\.py):(\d+)\); please report it", failure.message)
+        assert (failure.code, failure.stage) == ("INTERNAL", "finish")
+        lines = (stages.PACKAGE / place[1]).read_text().splitlines()
+        assert "reshape" in lines[int(place[2]) - 1]
+        (record,) = caplog.records
+        assert record.levelname == "ERROR"
+        assert all(
+            word in record.getMessage() for word in ("s1", "finish", "geometry.py", "test_stages.py", "KeyError", "ValueError")
+        )
+        assert secret not in record.getMessage()
+        assert str(stages.PACKAGE) not in failure.message
+
+    def test_an_internal_error_that_never_was_in_brainseg_says_so(self):
+        error = ValueError("raised nowhere")
+        assert stages.innermost(error) == "outside of it"
+
+    def test_a_scan_that_killed_its_processes_is_a_row_like_any_other_failure(self, model):
+        done = finish(stages.lost(make_row("s1"), "decode"), job_of(model))
+        assert (done["status"], done["error_code"], done["error_stage"]) == ("failed", "WORKER_DIED", "decode")
+        assert done["error_message"].startswith("s1: ")
+
+    def test_a_read_that_does_not_end_is_given_up(self, model, tmp_path):
+        row = write_scan(tmp_path, make_scan(name="s1"))
+        limit = TimeLimit(0.2)
+        assert same_scan(decode(row, with_label=True, limit=limit).scan, decode(row, with_label=True).scan)
+        release = Event()
+        with hanging_opens(release):
+            failure = decode(row, with_label=True, limit=limit).failure
+        release.set()
+        assert (failure.code, failure.stage) == ("TIMEOUT", "decode")
+        assert failure.message == "s1: found no end of reading within 0.2 s, expected its files to answer"
+        assert decode(row, with_label=True, limit=limit).failure is None
 
     def test_a_fault_while_finishing_leaves_a_clean_failed_row(self, model):
         scan = make_scan()
@@ -198,6 +241,26 @@ class TestFailures:
     def test_an_error_is_one_line(self):
         error = ScanError(Code.CORRUPT, "found\n  this\tand that")
         assert str(error) == error.message == "found this and that"
+
+
+HANGS: list[Event] = []
+
+
+@contextmanager
+def hanging_opens(release):
+    """While inside, whoever opens an image waits, as on a mount that is dead, until `release` is set."""
+    if not HANGS:
+        sys.addaudithook(lambda event, args: _hang(args[0]) if event == "open" else None)
+    HANGS.append(release)
+    try:
+        yield
+    finally:
+        HANGS.append(None)
+
+
+def _hang(path):
+    if HANGS[-1] is not None and str(path).endswith(".nii.gz"):
+        HANGS[-1].wait(30)
 
 
 class Choosy(nn.Module):

@@ -1,62 +1,54 @@
-"""Storage: one class of laws that local disk and S3 both keep, then what is particular to each."""
+"""Storage: one class of laws that local disk, moto and Swift all keep, then what is particular to each."""
 
 import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+import subprocess
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
-from threading import Thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto import mock_aws
+from object_stores import BUCKET, SWIFT_KEYS, moto_store, surroundings
 
 from brainseg import storage
-from brainseg.errors import Code, StorageError
+from brainseg.errors import Code, PreflightError, StorageError
+from brainseg.storage import place
 
-BUCKET = "archive"
+SLOW = pytest.mark.slow
 
 
-@contextmanager
-def own_credentials() -> Iterator[pytest.MonkeyPatch]:
-    """Keys that open nothing, and a client made anew."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [n for n in os.environ if n.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        storage._client.cache_clear()
-        yield patch
-        storage._client.cache_clear()
+@pytest.fixture(scope="class", params=["disk", "moto", pytest.param("faulty", marks=SLOW), pytest.param("swift", marks=SLOW)])
+def home(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A place on each kind of storage; `faulty` is moto behind a proxy that commits a fault at every tenth request."""
+    with ExitStack() as stack:
+        yield opened(request, stack)
+
+
+def opened(request: pytest.FixtureRequest, stack: ExitStack) -> str:
+    """Open storage of the kind that the fixture is asked for, and return a place on it."""
+    if request.param == "disk":
+        return str(request.getfixturevalue("tmp_path_factory").mktemp("disk"))
+    if request.param == "moto":
+        return stack.enter_context(moto_store())
+    if request.param == "swift":
+        stack.enter_context(surroundings(request.getfixturevalue("swift"), **SWIFT_KEYS))
+    else:
+        stack.enter_context(faulty_store()).choose = some(0.1, seed=1)
+    return f"s3://{BUCKET}"
 
 
 @pytest.fixture
-def credentials() -> Iterator[pytest.MonkeyPatch]:
-    with own_credentials() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="class")
-def bucket() -> Iterator[str]:
-    """A bucket of moto's S3."""
-    with own_credentials(), mock_aws():
-        storage._client(os.getpid()).create_bucket(Bucket=BUCKET)
-        yield f"s3://{BUCKET}"
-
-
-@pytest.fixture(params=["disk", "s3"])
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place to write to, on either kind of storage."""
-    if request.param == "disk":
-        return str(tmp_path / "base")
-    return f"{request.getfixturevalue('bucket')}/{tmp_path.name}/base"
+def base(home: str, tmp_path: Path) -> str:
+    """An empty place to write to, on each kind of storage."""
+    return f"{home}/{tmp_path.name}/base"
 
 
 def names(root: str) -> list[str]:
@@ -182,6 +174,58 @@ class TestEveryStorage:
         assert columns["mask"].dictionary_page_offset is None
         assert columns["scan_id"].compression == "ZSTD"
 
+    def test_some_columns_are_those_of_the_whole(self, base: str) -> None:
+        storage.write_table(f"{base}/t.parquet", table(200))
+        whole = storage.read_table(f"{base}/t.parquet")
+        for columns in (["thumbnail"], ["scan_id", "attributes"]):
+            assert storage.read_table(f"{base}/t.parquet", columns).equals(whole.select(columns))
+
+    def test_what_is_there_is_not_created_again(self, base: str) -> None:
+        assert storage.create_bytes(f"{base}/a/x", b"one")
+        assert not storage.create_bytes(f"{base}/a/x", b"two")
+        assert storage.read_bytes(f"{base}/a/x") == b"one"
+        assert names(base) == ["a/x"]
+        storage.delete(f"{base}/a/x")
+        assert storage.create_bytes(f"{base}/a/x", b"two")
+
+    def test_of_many_who_create_at_once_one_wins(self, base: str) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda n: storage.create_bytes(f"{base}/x", f"writer {n}".encode()), range(16)))
+        assert won.count(True) == 1
+        assert storage.read_bytes(f"{base}/x") == f"writer {won.index(True)}".encode()
+
+    def test_many_files_are_listed_once_each_and_deleted(self, base: str) -> None:
+        wanted = [f"{n:04d}" for n in range(300)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: storage.write_bytes(f"{base}/{name}", name.encode()), wanted))
+        assert names(base) == wanted
+        storage.delete_tree(base)
+        assert names(base) == []
+
+    def test_what_can_be_read_passes_and_what_is_not_there_does_not(self, base: str) -> None:
+        storage.write_bytes(f"{base}/folder/x", b"")
+        for there in ("folder/x", "folder"):
+            storage.check_readable(f"{base}/{there}")
+        with pytest.raises(PreflightError, match="there is no such"):
+            storage.check_readable(f"{base}/nothing")
+
+    def test_a_probe_of_a_place_that_is_not_there_yet_leaves_no_trace(self, base: str) -> None:
+        storage.check_writable(f"{base}/new/run")
+        assert names(base) == []
+        assert not storage.is_dir(f"{base}/new")
+
+    def test_leftovers_are_ours_and_old_and_can_be_removed(self, base: str) -> None:
+        left, kept = place.temporary_name("probe"), [".probe-x", ".tmp-file", "scans/x.parquet"]
+        for name in (left, *kept):
+            storage.write_bytes(f"{base}/{name}", b"123")
+        assert list(storage.leftovers(base)) == []
+        (found,) = storage.leftovers(base, now=time.time() + 2 * storage.LEFTOVER_AGE_S)
+        assert (found.uri, found.kind, found.size_bytes) == (f"{base}/{left}", "file", 3)
+        assert abs(found.modified_at - time.time()) < 60
+        for _ in range(2):
+            storage.remove_leftover(found)
+        assert names(base) == kept
+
 
 def table(rows: int) -> pa.Table:
     """A small table of the kinds of columns a part has; its masks do not compress, as real ones do not."""
@@ -306,6 +350,7 @@ class TestLocalDisk:
             os.close(folder)
         storage.write_bytes(str(deep / "x"), b"1")
         assert [e.size_bytes for e in storage.list_files(str(tmp_path))] == [1]
+        subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # deeper than Python can remove it
 
     def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(self, tmp_path: Path) -> None:
         storage.write_bytes(str(tmp_path / "x"), b"old")
@@ -333,110 +378,28 @@ class TestLocalDisk:
             storage.write_bytes(str(tmp_path / "x/y"), b"")
         assert not storage.exists(str(tmp_path / "x/y"))
 
+    def test_a_killed_writer_leaves_what_leftovers_finds(self, tmp_path: Path) -> None:
+        storage.write_bytes(f"{tmp_path}/run/scans/a.parquet", b"")
+        torn = tmp_path / "run/scans" / place.temporary_name("tmp")
+        torn.write_bytes(b"half a part")
+        (tmp_path / "run" / place.temporary_name("tmp")).symlink_to("/etc/passwd")
+        (found,) = storage.leftovers(f"{tmp_path}/run", min_age_s=-60)
+        storage.remove_leftover(found)
+        assert not torn.exists()
+        assert names(f"{tmp_path}/run/scans") == ["a.parquet"]
 
-class TestObjectStore:
-    def test_lists_past_the_first_page(self, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "4")
-        wanted = [f"{n:02d}" for n in range(11)]
-        for name in wanted:
-            storage.write_bytes(f"{bucket}/p/{name}", b"")
-        assert names(f"{bucket}/p") == wanted
+    def test_where_no_hard_links_are_one_still_wins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "link", refuse_to_link)
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda n: storage.create_bytes(f"{tmp_path}/x", f"writer {n}".encode()), range(16)))
+        assert won.count(True) == 1
+        assert names(str(tmp_path)) == ["x"]
 
-    def test_folder_markers_are_folders(self, bucket: str) -> None:
-        storage._client(os.getpid()).put_object(Bucket=BUCKET, Key="m/")
-        storage.write_bytes(f"{bucket}/m/x", b"")
-        assert names(f"{bucket}/m") == ["x"]
-
-    @pytest.mark.parametrize(
-        "act", [storage.read_bytes, lambda uri: list(storage.list_files(uri)), lambda uri: storage.write_bytes(uri, b"")]
-    )
-    def test_a_missing_bucket_is_named_as_such(self, bucket: str, act: Callable[[str], object]) -> None:
-        with pytest.raises(StorageError, match="no such bucket"):
-            act("s3://no-such-bucket/x")
-
-
-class FaultyStore(ThreadingHTTPServer):
-    """A store that answers GET with 1,000 bytes, after the faults it was told to commit."""
-
-    daemon_threads = True
-
-    def __init__(self, faults: list[str]) -> None:
-        super().__init__(("127.0.0.1", 0), FaultyAnswer)
-        self.faults, self.requests = faults, 0
+    def test_a_pipe_is_no_table(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "t.parquet")
+        with pytest.raises(StorageError, match="regular file"):
+            storage.read_table(f"{tmp_path}/t.parquet")
 
 
-class FaultyAnswer(BaseHTTPRequestHandler):
-    server: FaultyStore
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.server.requests += 1
-        fault = self.server.faults.pop(0) if self.server.faults else ""
-        self.close_connection = True
-        if fault == "reset":
-            return
-        self.send_response(int(fault) if fault.isdigit() else 200)
-        self.send_header("Content-Length", "0" if fault.isdigit() else "1000")
-        self.end_headers()
-        self.wfile.write(b"" if fault.isdigit() else b"x" * (300 if fault == "cut" else 1000))
-
-    def log_message(self, *words: object) -> None:
-        """Keep the test's output clean."""
-
-
-@pytest.fixture
-def faulty(credentials: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultyStore]]:
-    """Start a faulty store at which the client's endpoint points."""
-    started: list[FaultyStore] = []
-
-    def start(*faults: str) -> FaultyStore:
-        store = FaultyStore(list(faults))
-        started.append(store)
-        Thread(target=store.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        credentials.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{store.server_port}")
-        return store
-
-    yield start
-    for store in started:
-        store.shutdown()
-        store.server_close()
-
-
-class TestRetries:
-    @pytest.mark.parametrize("faults", [["cut"], ["cut", "cut"], ["503"], ["reset"], ["cut", "500", "cut"]])
-    def test_passing_faults_are_outlived(self, faulty: Callable[..., FaultyStore], faults: list[str]) -> None:
-        store = faulty(*faults)
-        assert storage.read_bytes("s3://bucket/x") == b"x" * 1000
-        assert store.requests == len(faults) + 1
-
-    def test_a_refusal_is_not_asked_again(self, faulty: Callable[..., FaultyStore]) -> None:
-        store = faulty("403", "403", "403")
-        with pytest.raises(StorageError, match="refuses access"):
-            storage.read_bytes("s3://bucket/x")
-        assert store.requests == 1
-
-    def test_a_lasting_fault_ends_at_the_deadline(
-        self, faulty: Callable[..., FaultyStore], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(storage, "DEADLINE_S", 1.5)
-        store = faulty(*["cut"] * 50)
-        with pytest.raises(StorageError, match="could not read s3://bucket/x"):
-            storage.read_bytes("s3://bucket/x")
-        assert 1 < store.requests < 8
-
-    def test_an_absent_endpoint_is_named_as_such(
-        self, credentials: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(storage, "DEADLINE_S", 0.0)
-        credentials.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        with pytest.raises(StorageError, match="AWS_ENDPOINT_URL"):
-            storage.exists("s3://bucket/x")
-
-    def test_missing_credentials_are_named_as_such(self, credentials: pytest.MonkeyPatch) -> None:
-        credentials.delenv("AWS_ACCESS_KEY_ID")
-        credentials.delenv("AWS_SECRET_ACCESS_KEY")
-        credentials.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        credentials.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-        credentials.setenv("AWS_CONFIG_FILE", "/nonexistent")
-        with pytest.raises(StorageError, match="no credentials"):
-            storage.read_bytes("s3://bucket/x")
+def refuse_to_link(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")

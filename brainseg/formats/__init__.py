@@ -9,11 +9,16 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from brainseg.errors import Code, ScanError
+from brainseg.errors import Code, ScanError, one_line
+from brainseg.formats.pickles import holds_pickle
 from brainseg.geometry import Grid
 
 MAX_VOXELS = 200_000_000
 """The largest volume that is read: a field of view of 240x240x200 mm at 0.4 mm is 180 million voxels."""
+MAX_BYTES = 4 * MAX_VOXELS
+"""The most that one file, and all files of one scan together, may decode to: a few times this is held at once, never 2 GiB."""
+MAX_SLICE_BYTES = MAX_BYTES // 4
+"""The most that one slice of a stack may decode to; no scanner writes a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Notes:
 
 def warning(code: Code, text: str) -> str:
     """A warning as tables keep it: `CODE: one line`."""
-    return f"{code}: {' '.join(text.split())}"
+    return one_line(f"{code}: {text}")
 
 
 def require_bytes(data: bytes, notes: Notes) -> None:
@@ -55,11 +60,23 @@ def require_bytes(data: bytes, notes: Notes) -> None:
         raise notes.error(Code.CORRUPT, text)
 
 
+def unexpected(data: bytes, code: Code, expected: str, notes: Notes) -> ScanError:
+    """The reason to refuse a file of another kind: UNSAFE_PICKLE where loading it could run code, else the given code."""
+    if holds_pickle(data):
+        text = f"found a Python pickle, or an archive with one in it, which runs code when loaded, expected {expected}"
+        return notes.error(Code.UNSAFE_PICKLE, f"{text}; it was not opened")
+    return notes.error(code, f"found {describe_content(data)}, expected {expected}")
+
+
 def describe_content(data: bytes) -> str:
     """What a file that is not what it should be looks like, for an error line. Never quotes the content."""
     for start, says in _STARTS.items():
         if data.startswith(start):
             return says
+    if data[128:132] == b"DICM":
+        return "a DICOM file"
+    if data[257:262] == b"ustar":
+        return "a tar archive"
     head = data[:256].lstrip()
     if head[:1] == b"<":
         return "a web page or XML document"
@@ -79,6 +96,17 @@ _STARTS = {
     b"\x89HDF": "an HDF5 file",
     b"PK\x03\x04": "a zip archive",
     b"%PDF": "a PDF document",
+    b"\x93NUMPY": "a NumPy array",
+    b"MATLAB 5.0": "a MATLAB 5 file",
+    b"RIFF": "a WebP image or other RIFF file",
+    b"\0\0\0\x0cjP": "a JPEG 2000 image",
+    b"\xff\x4f\xff\x51": "a JPEG 2000 image",
+    b"\x28\xb5\x2f\xfd": "zstd data",
+    b"BZh": "bzip2 data",
+    b"\xfd7zXZ": "xz data",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"SIMPLE  =": "a FITS file",
+    b"NRRD": "an NRRD file",
     b"\x00\x05\x16\x07": "the side file macOS writes beside a file on a foreign disk",
 }
 

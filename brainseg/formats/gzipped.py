@@ -4,6 +4,7 @@ libdeflate unpacks the usual file, one member whose recorded length is the one e
 steps, so that nothing is allocated on the word of a stream, and finds out what is wrong with a broken one.
 """
 
+import struct
 import zlib
 from collections.abc import Iterator
 
@@ -17,7 +18,9 @@ GZIP_MAGIC = b"\x1f\x8b"
 MAX_RATIO = 1032
 """No deflate stream expands further (zlib's technical notes)."""
 MAX_EXTRA_BYTES = 1 << 26
-"""Unpacked bytes beyond the promised ones that are read, only to check that the stream ends well."""
+"""Unpacked bytes beyond the promised ones that are read, only to check that the stream ends well; more are a bomb."""
+MAX_MEMBERS = 100_000
+"""An empty member costs 20 bytes of file: without an end to them a small file would keep a core busy for minutes."""
 
 
 def first_bytes(data: bytes, count: int, notes: Notes) -> bytes:
@@ -44,11 +47,18 @@ def unpack(data: bytes, size: int, notes: Notes) -> memoryview:
 
 
 def _deflated(data: bytes, content: memoryview) -> bool:
-    """Fill `content` by libdeflate; False where it refuses, for reasons that zlib then names."""
+    """Fill `content` by libdeflate; False where it refuses, or where more may follow its one member: zlib then looks.
+
+    libdeflate stops after the first member without a word about the rest. That member ends with the CRC and the length of
+    what it holds, so nothing follows where the file ends with these eight bytes and has them nowhere else.
+    """
     try:
-        return len(imagecodecs.gzip_decode(data, out=content)) == len(content)
+        if len(imagecodecs.gzip_decode(data, out=content)) != len(content):
+            return False
     except imagecodecs.GzipError:
         return False
+    trailer = struct.pack("<II", zlib.crc32(content), len(content) & 0xFFFFFFFF)
+    return data.find(trailer) == len(data) - len(trailer)
 
 
 def _inflate_into(content: memoryview, data: bytes, notes: Notes) -> None:
@@ -57,7 +67,7 @@ def _inflate_into(content: memoryview, data: bytes, notes: Notes) -> None:
         used = min(len(chunk), len(content) - filled)
         content[filled : filled + used] = chunk[:used]
         filled, extra = filled + used, extra + len(chunk) - used
-        if extra > max(len(content), MAX_EXTRA_BYTES):
+        if extra > MAX_EXTRA_BYTES:
             raise notes.error(Code.TOO_LARGE, f"found over {extra:,} bytes after the {len(content):,} that its header promises")
     if filled < len(content):
         raise notes.error(Code.TRUNCATED, f"found {filled} unpacked bytes, expected {len(content)} by its header")
@@ -67,8 +77,11 @@ def _inflate_into(content: memoryview, data: bytes, notes: Notes) -> None:
 
 def _inflate(data: bytes, notes: Notes, out_bytes: int = 1 << 20) -> Iterator[bytes]:
     """Unpack in steps of at most `out_bytes`: any number of members, then zero padding or (with a warning) other bytes."""
-    at = 0
+    at = members = 0
     while data.startswith(GZIP_MAGIC, at):
+        members += 1
+        if members > MAX_MEMBERS:
+            raise notes.error(Code.TOO_LARGE, f"found over {MAX_MEMBERS:,} gzip members, expected one")
         stream = zlib.decompressobj(wbits=31)
         while not stream.eof:
             piece = stream.unconsumed_tail

@@ -1,26 +1,33 @@
 """HDF5: the bytes of one file -> its named arrays, and nothing from outside that file.
 
-HDF5 can name other files in four ways (external links, soft links to them, external storage, virtual datasets) and can
-claim terabytes in a kilobyte. All of this is judged from metadata, before any value is read. A file of pickles or a zip is
-NOT_HDF5: nothing here unpickles.
+HDF5 can name other files in four ways (external links, soft links to them, external storage, virtual datasets), can claim
+terabytes in a kilobyte, fills in what was never written, and loads code for filters that it does not know. All of this is
+judged from metadata, before any value is read; a chunk that unpacks to more than its size is found before HDF5 unpacks it.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from math import prod
 from typing import Any
 
 import h5py
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
 from brainseg.errors import Code, ScanError
-from brainseg.formats import MAX_VOXELS, Notes, describe_content, require_bytes
+from brainseg.formats import MAX_SLICE_BYTES, Notes, require_bytes, unexpected
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-USER_BLOCKS = (0, 512, 1024, 2048)
-"""Where the magic may stand: MATLAB 7.3 files put 512 bytes of text before it."""
 MAX_SOFT_LINKS = 8
 MAX_KEYS_SHOWN = 12
+MAX_CHUNKS = 65_536
+"""Chunks of one dataset: more of them in one slice are a few bytes each, and take longer than a scan may."""
+
+_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, 32000
+_FILTERS = (_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF)
+_CHECKSUM_BYTES = 4
 
 
 def read_keys(data: bytes, keys: Sequence[str], name: str) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
@@ -31,8 +38,8 @@ def read_keys(data: bytes, keys: Sequence[str], name: str) -> tuple[dict[str, ND
     """
     notes = Notes(name)
     require_bytes(data, notes)
-    if not any(data.startswith(HDF5_MAGIC, at) for at in USER_BLOCKS):
-        raise notes.error(Code.NOT_HDF5, f"found {describe_content(data)}, expected an HDF5 file")
+    if not any(data.startswith(HDF5_MAGIC, at) for at in _user_blocks(len(data))):
+        raise unexpected(data, Code.NOT_HDF5, "an HDF5 file", notes)
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             datasets = {key: _dataset(file, key, notes) for key in keys}
@@ -42,10 +49,18 @@ def read_keys(data: bytes, keys: Sequence[str], name: str) -> tuple[dict[str, ND
         raise
     except Exception as error:  # a foreign decoder on foreign bytes
         code = Code.TRUNCATED if "truncated" in str(error) else Code.CORRUPT
-        raise notes.error(code, f"found an HDF5 file that cannot be read ({error}); fetch the file again") from error
+        raise notes.error(code, "found an HDF5 file that cannot be read; fetch the file again") from error
     if bare:
         notes.warn(Code.NO_CHECKSUM, f"found no checksum over {', '.join(bare)}: a flipped bit would go unseen")
     return arrays, tuple(notes.warnings)
+
+
+def _user_blocks(size: int) -> Iterator[int]:
+    """Where the magic may stand: at 0, 512, 1024, 2048, ... MATLAB 7.3 files put 512 bytes of text before it."""
+    at = 0
+    while at < size:
+        yield at
+        at = 2 * at or 512
 
 
 def _dataset(file: h5py.File, key: str, notes: Notes) -> h5py.Dataset:
@@ -53,16 +68,73 @@ def _dataset(file: h5py.File, key: str, notes: Notes) -> h5py.Dataset:
     path = _resolve(file, key, notes)
     found = file.get(path) if path else None
     if not isinstance(found, h5py.Dataset):
-        there = sorted(file)[:MAX_KEYS_SHOWN]
-        raise notes.error(Code.MISSING_KEY, f"found the keys {there}, expected a dataset '{key}'")
+        there = ", ".join(ascii(name[:40]) for name in islice(file, MAX_KEYS_SHOWN))
+        raise notes.error(Code.MISSING_KEY, f"found the keys {there or 'none'}, expected a dataset '{key}'")
     if found.external or found.is_virtual:
         raise notes.error(Code.OUTSIDE_ROOT, f"found '{key}' stored in another file, expected its values in this one")
-    if found.dtype.kind not in "biuf" or found.dtype.itemsize > 8:
-        raise notes.error(Code.BAD_DATATYPE, f"found '{key}' of type {found.dtype}, expected numbers")
-    chunk = int(np.prod(found.chunks or (0,), dtype=np.float64))
-    if found.shape is None or found.size > MAX_VOXELS or chunk > MAX_VOXELS:
-        raise notes.error(Code.TOO_LARGE, f"found a claim of {found.shape} for '{key}', expected at most {MAX_VOXELS:,} values")
+    try:
+        dtype = found.dtype
+    except TypeError as error:  # types that numpy has no word for
+        raise notes.error(Code.BAD_DATATYPE, f"found '{key}' of a type unknown to NumPy, expected numbers") from error
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise notes.error(Code.BAD_DATATYPE, f"found '{key}' of a type of kind '{dtype.kind}', expected numbers")
+    claim = 0 if found.shape is None else prod(found.shape) * dtype.itemsize
+    if found.shape is None or max(claim, prod(found.chunks or (0,)) * dtype.itemsize) > MAX_SLICE_BYTES:
+        text = f"found a claim of {found.shape} for '{key}', in chunks of {found.chunks}"
+        raise notes.error(Code.TOO_LARGE, f"{text}, expected at most {MAX_SLICE_BYTES:,} bytes")
+    _require_all_stored(found, key, notes)
     return found
+
+
+def _require_all_stored(dataset: h5py.Dataset, key: str, notes: Notes) -> None:
+    """Refuse values that were never written, which HDF5 makes up, and chunks that hold more than their size."""
+    if dataset.chunks is None:
+        stored, expected, what = dataset.id.get_storage_size(), dataset.nbytes, "bytes"
+    else:
+        stored, expected, what = dataset.id.get_num_chunks(), _num_chunks(dataset), "chunks"
+    if stored < expected:
+        raise notes.error(Code.TRUNCATED, f"found {stored} of the {expected} {what} of '{key}' written, expected all")
+    if dataset.chunks is None:
+        return
+    filters = _filters(dataset)
+    if not set(filters) <= set(_FILTERS) or filters.count(_DEFLATE) + filters.count(_LZF) > 1:
+        text = f"found '{key}' packed with HDF5 filters {filters}, expected gzip or lzf once, shuffle, fletcher32"
+        raise notes.error(Code.UNSUPPORTED, f"{text}; repack it with h5repack")
+    if expected > MAX_CHUNKS:
+        raise notes.error(Code.TOO_LARGE, f"found '{key}' in {expected} chunks, expected at most {MAX_CHUNKS}")
+    if _DEFLATE in filters:
+        _require_fitting_chunks(dataset, filters.index(_DEFLATE), filters, key, notes)
+
+
+def _num_chunks(dataset: h5py.Dataset) -> int:
+    return prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+
+
+def _filters(dataset: h5py.Dataset) -> list[int]:
+    created = dataset.id.get_create_plist()
+    return [int(created.get_filter(index)[0]) for index in range(created.get_nfilters())]
+
+
+def _require_fitting_chunks(dataset: h5py.Dataset, place: int, filters: Sequence[int], key: str, notes: Notes) -> None:
+    """HDF5 unpacks a chunk's gzip data to their end, whatever the chunk's size: so nothing may come after that size."""
+    before, after = (filters[:place].count(_FLETCHER32), filters[place + 1 :].count(_FLETCHER32))
+    size = prod(dataset.chunks) * dataset.dtype.itemsize + before * _CHECKSUM_BYTES
+    room = bytearray(size)
+    for index in range(dataset.id.get_num_chunks()):
+        offset = dataset.id.get_chunk_info(index).chunk_offset
+        skipped, packed = dataset.id.read_direct_chunk(offset)
+        if skipped:
+            raise notes.error(Code.UNSUPPORTED, f"found a chunk of '{key}' that leaves filters out, expected all to be alike")
+        if _unpacked_bytes(packed[: len(packed) - after * _CHECKSUM_BYTES], room) != size:
+            raise notes.error(Code.CORRUPT, f"found a chunk of '{key}' that does not unpack to its {size} bytes")
+
+
+def _unpacked_bytes(packed: bytes, room: bytearray) -> int:
+    """How many bytes zlib data unpack to; -1 where they are damaged or take more than `room`."""
+    try:
+        return len(imagecodecs.deflate_decode(packed, out=room))
+    except imagecodecs.DeflateError:
+        return -1
 
 
 def _resolve(file: h5py.File, key: str, notes: Notes) -> str | None:

@@ -7,6 +7,7 @@ No colour is turned into grey, no 16-bit value into 8 bits: whether three channe
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainseg.errors import Code, ScanError
-from brainseg.formats import Notes, describe_content, require_bytes
+from brainseg.formats import Notes, require_bytes, unexpected
 from brainseg.formats.tiff import read_tiff, require_size, without_alpha
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 EXIF_ORIENTATION = 0x0112
+MAX_JPEG_SCANS = 100
+"""Passes over the picture in a progressive JPEG: encoders write about ten, and a few bytes can ask for a thousand."""
 
 _ENDS = {"JPEG": b"\xff\xd9", "GIF": b"\0;"}
+_LAST_STARTS = {"JPEG": b"\xff\xda", "GIF": b"GIF8"}
+"""After the last of these the end must come: a thumbnail inside a JPEG has an end of its own."""
 
 _SUFFIXES = {"PNG": (".png",), "TIFF": (".tif", ".tiff"), "JPEG": (".jpg", ".jpeg", ".jpe"), "GIF": (".gif",)}
 
@@ -60,20 +65,27 @@ def _kind(data: bytes, notes: Notes) -> str:
         return "JPEG"
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return "GIF"
-    raise notes.error(Code.NOT_IMAGE, f"found {describe_content(data)}, expected PNG, TIFF, JPEG or GIF")
+    raise unexpected(data, Code.NOT_IMAGE, "PNG, TIFF, JPEG or GIF", notes)
 
 
 # --- PNG ------------------------------------------------------------------------------------------------------------
 
 
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+"""What a decoder needs. Texts, times and colour profiles are never shown to it: they can be bombs, and say who it is."""
+
+
 @dataclass
 class _Chunks:
-    """What a walk over a PNG's chunks found; `ended` when the closing IEND is there."""
+    """What a walk over a PNG's chunks found; `ended` when the closing IEND is there, `extra` bytes come after it."""
 
     types: set[bytes] = field(default_factory=set)
     header: bytes = b""
     exif: bytes = b""
+    pixels: list[bytes] = field(default_factory=list)
+    packed: list[bytes] = field(default_factory=list)
     ended: bool = False
+    extra: int = 0
 
 
 def _read_png(data: bytes, notes: Notes) -> NDArray[Any]:
@@ -81,14 +93,13 @@ def _read_png(data: bytes, notes: Notes) -> NDArray[Any]:
     if len(chunks.header) != 13:
         raise notes.error(Code.CORRUPT if chunks.ended else Code.TRUNCATED, "found a PNG without a header chunk")
     width, height, bits, colour = struct.unpack(">IIBB", chunks.header[:10])
-    require_size(width, height, 4, notes)
+    require_size(width, height, _PNG_CHANNELS.get(colour, 4), bits, notes)
     if b"acTL" in chunks.types:
         raise notes.error(Code.MULTI_PAGE, "found an animated PNG, expected a single picture")
-    array = _decode_png(data, chunks, notes)
+    _require_no_more(b"".join(chunks.packed), _png_bytes(width, height, bits * _PNG_SAMPLES.get(colour, 4), chunks), notes)
+    array = _decode_png(chunks, notes)
     if chunks.exif:
-        exif = Image.Exif()
-        exif.load(chunks.exif)
-        _note_rotation(exif, notes)
+        _note_rotation(lambda exif: exif.load(chunks.exif), notes)
     if array.ndim == 3 and array.shape[2] in (2, 4):
         array = without_alpha(array, notes)
     if colour == 3:
@@ -96,32 +107,71 @@ def _read_png(data: bytes, notes: Notes) -> NDArray[Any]:
     return (array != 0).astype(np.uint8) if bits == 1 else array
 
 
+_PNG_CHANNELS = {0: 2, 2: 4, 3: 4, 4: 2, 6: 4}
+"""Channels after decoding, by colour type: transparency adds one, a palette becomes four."""
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_ADAM7 = ((8, 8, 0, 0), (8, 8, 4, 0), (4, 8, 0, 4), (4, 4, 2, 0), (2, 4, 0, 2), (2, 2, 1, 0), (1, 2, 0, 1))
+"""Interlacing's seven passes: steps along a row and down, first column and row (PNG specification, 8.2)."""
+
+
+def _png_bytes(width: int, height: int, bits: int, chunks: _Chunks) -> int:
+    """Bytes of the unpacked pixel data by the header: each row of each pass begins with a byte that names its filter."""
+    passes = _ADAM7 if chunks.header[12] else ((1, 1, 0, 0),)
+    sizes = ((-(-(width - x) // across), -(-(height - y) // down)) for across, down, x, y in passes)
+    return sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
+
+
+def _require_no_more(packed: bytes, expected: int, notes: Notes) -> None:
+    """Refuse pixel data that go on after the last row, which libpng would unpack to their end and drop."""
+    stream = zlib.decompressobj()
+    try:
+        found = len(stream.decompress(packed, expected + 1))
+    except zlib.error:
+        return  # what is wrong with it the decoder will say
+    if found > expected:
+        raise notes.error(Code.CORRUPT, f"found more pixel data than the {expected} bytes of its header; one of them is wrong")
+    if stream.unused_data:
+        notes.warn(Code.TRAILING_DATA, f"found {len(stream.unused_data)} bytes after the pixel data; they were ignored")
+
+
 def _walk_png(data: bytes, notes: Notes) -> _Chunks:
     """Visit all chunks (PNG specification, 5.3), checking each one's CRC; stops where the file does."""
     found, at = _Chunks(), len(PNG_MAGIC)
     while at + 12 <= len(data) and not found.ended:
         size, kind = struct.unpack_from(">I4s", data, at)
-        body = data[at + 8 : at + 8 + size]
-        if at + 12 + size > len(data):
+        end = at + 12 + size
+        if end > len(data):
             break
-        if zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(data[at + 8 + size : at + 12 + size], "big"):
+        body = data[at + 8 : end - 4]
+        if zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(data[end - 4 : end], "big"):
             raise notes.error(Code.CORRUPT, "found a PNG chunk whose checksum does not fit; fetch the file again")
+        if (kind == b"IHDR") != (at == len(PNG_MAGIC)):
+            raise notes.error(Code.CORRUPT, "found a PNG whose header chunk is not the first and only one")
         found.types.add(kind)
-        found.header = body if kind == b"IHDR" else found.header
+        found.header = found.header or body
         found.exif = body if kind == b"eXIf" else found.exif
+        if kind in _PIXEL_CHUNKS:
+            found.pixels.append(data[at:end])
+        elif not kind[0] & 0x20:
+            raise notes.error(Code.UNSUPPORTED, "found a PNG with a chunk that is needed and unknown (PNG specification, 5.4)")
+        if kind == b"IDAT":
+            found.packed.append(body)
         found.ended = kind == b"IEND"
-        at += 12 + size
+        at = end
+    found.extra = len(data) - at if found.ended else 0
     return found
 
 
-def _decode_png(data: bytes, chunks: _Chunks, notes: Notes) -> NDArray[Any]:
+def _decode_png(chunks: _Chunks, notes: Notes) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = imagecodecs.png_decode(data)
+        array: NDArray[Any] = imagecodecs.png_decode(PNG_MAGIC + b"".join(chunks.pixels))
     except Exception as error:  # a foreign decoder on foreign bytes
         code = Code.CORRUPT if chunks.ended else Code.TRUNCATED
         raise notes.error(code, "found a PNG that cannot be decoded, expected all its pixels; fetch the file again") from error
     if not chunks.ended:
         notes.warn(Code.TRUNCATED, "found a PNG without its end marker; its pixels are complete")
+    if chunks.extra:
+        notes.warn(Code.TRAILING_DATA, f"found {chunks.extra} bytes after the PNG's end; they were ignored")
     return array
 
 
@@ -129,7 +179,10 @@ def _decode_png(data: bytes, chunks: _Chunks, notes: Notes) -> NDArray[Any]:
 
 
 def _read_pillow(data: bytes, kind: str, notes: Notes) -> NDArray[Any]:
-    ended = _ENDS[kind] in data
+    if kind == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise notes.error(Code.TOO_LARGE, f"found a JPEG of over {MAX_JPEG_SCANS} passes, expected about ten at most")
+    end = data.rfind(_ENDS[kind]) + len(_ENDS[kind])
+    ended = end > max(data.rfind(_LAST_STARTS[kind]), len(_ENDS[kind]) - 1)
     try:
         with Image.open(io.BytesIO(data), formats=(kind,)) as image:
             array = _pixels(image, notes)
@@ -144,28 +197,36 @@ def _read_pillow(data: bytes, kind: str, notes: Notes) -> NDArray[Any]:
         ) from error
     if not ended:
         notes.warn(Code.TRUNCATED, f"found a {kind} without its end marker; its pixels are complete")
+    elif data.count(0, end) < len(data) - end:
+        notes.warn(Code.TRAILING_DATA, f"found {len(data) - end} bytes after the {kind}'s end; they were ignored")
     return array
 
 
 def _pixels(image: Image.Image, notes: Notes) -> NDArray[Any]:
-    require_size(image.width, image.height, 4, notes)
-    if getattr(image, "n_frames", 1) > 1:
-        raise notes.error(Code.MULTI_PAGE, f"found {getattr(image, 'n_frames', 0)} frames, expected a single picture")
+    require_size(image.width, image.height, 4, 8, notes)
+    if getattr(image, "is_animated", False):
+        raise notes.error(Code.MULTI_PAGE, "found more than one frame, expected a single picture")
     if image.mode == "P":
         rgba = without_alpha(np.asarray(image.convert("RGBA")), notes)
         return grey_palette(rgba, notes)
     if image.mode not in ("L", "RGB"):
         raise notes.error(Code.NOT_GREY, f"found a {image.mode} picture, expected grey values")
     array = np.asarray(image)
-    _note_rotation(image.getexif(), notes)
+    _note_rotation(lambda exif: exif.update(image.getexif()), notes)
     return array
 
 
-def _note_rotation(exif: Image.Exif, notes: Notes) -> None:
-    turn = exif.get(EXIF_ORIENTATION, 1)
+def _note_rotation(load: Callable[[Image.Exif], object], notes: Notes) -> None:
+    exif = Image.Exif()
+    try:
+        load(exif)
+        turn = exif.get(EXIF_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  a foreign decoder on foreign bytes; the pixels are whole
+        notes.warn(Code.EXIF_ROTATION, "found EXIF data that cannot be read; the pixels were left as stored")
+        return
     if turn != 1:
-        text = f"found EXIF orientation {turn}; the pixels were left as stored, where their mask lies"
-        notes.warn(Code.EXIF_ROTATION, text)
+        shown = turn if isinstance(turn, int) else "that is no number"
+        notes.warn(Code.EXIF_ROTATION, f"found EXIF orientation {shown}; the pixels were left as stored, where their mask lies")
 
 
 def grey_palette(rgb: NDArray[Any], notes: Notes) -> NDArray[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainseg.errors import Code
-from brainseg.formats import MAX_VOXELS, Decoded, Notes, describe_content, require_bytes
+from brainseg.formats import MAX_BYTES, MAX_VOXELS, Decoded, Notes, require_bytes, unexpected
 from brainseg.formats.gzipped import GZIP_MAGIC, first_bytes, unpack
 from brainseg.formats.nifti_grid import read_grid
 from brainseg.geometry import Grid
@@ -21,6 +21,9 @@ from brainseg.geometry import Grid
 Order = Literal["<", ">"]
 
 COMPRESSION_LEVEL = 6
+BLOCK_VOXELS = 1 << 20
+MAX_SIDE = 32_767
+"""NIfTI-1 counts voxels along an axis in 16 bits; a mask could not be written for a volume that is longer."""
 MAX_OFFSET_BYTES = 1 << 24
 """Header extensions before the voxels longer than this are a damaged `vox_offset`."""
 
@@ -81,13 +84,23 @@ class _Plan:
         return int(np.prod(self.grid.shape, dtype=np.int64))
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether values are computed, to float32, from the stored ones."""
+        return (self.slope, self.inter) != (1.0, 0.0)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What the array that is handed out takes."""
+        return self.voxels * (4 if self.is_scaled else self.dtype.itemsize)
+
+    @property
     def end(self) -> int:
         """Bytes from the start of the (unpacked) file to the end of its voxels."""
         return self.offset + self.dtype.itemsize * self.voxels
 
 
-def read_nifti(data: bytes, name: str) -> Decoded:
-    """Decode a NIfTI-1 or -2 single file, packed or not, of either byte order.
+def read_nifti(data: bytes, name: str, at_most: int = MAX_BYTES) -> Decoded:
+    """Decode a NIfTI-1 or -2 single file, packed or not, of either byte order, to no more than `at_most` bytes.
 
     The array is `(D, H, W)` = the file's `(k, j, i)` in its stored type, a view of the unpacked bytes; float32 where the
     header has a slope or intercept other than 1 and 0. The affine is the sform, else the qform, else (NO_ORIENTATION)
@@ -97,7 +110,13 @@ def read_nifti(data: bytes, name: str) -> Decoded:
     require_bytes(data, notes)
     packed = data.startswith(GZIP_MAGIC)
     _compare_name(packed, notes)
-    plan = _judge(first_bytes(data, 540, notes) if packed else data[:540], notes)
+    head = first_bytes(data, 540, notes) if packed else data[:540]
+    if not head:
+        raise notes.error(Code.EMPTY_FILE, "found gzip data of 0 bytes, expected an image; fetch the file again")
+    plan = _judge(head, data, notes)
+    if max(plan.decoded_bytes, plan.end) > at_most:
+        found = f"a claim of {plan.grid.describe()} of {plan.dtype.itemsize} bytes each"
+        raise notes.error(Code.TOO_LARGE, f"found {found}, expected at most {at_most:,} bytes, all files of a scan together")
     content = unpack(data, plan.end, notes) if packed else _whole(data, plan, notes)
     _check_extensions(content, plan, notes)
     stored = np.frombuffer(content, plan.dtype, plan.voxels, plan.offset).reshape(plan.grid.shape)
@@ -112,7 +131,7 @@ def write_nifti(array: NDArray[Any], grid: Grid) -> bytes:
     """
     dtype = np.dtype(np.uint8) if array.dtype == np.bool_ else array.dtype.newbyteorder("<")
     codes = [code for code, kind in _DATATYPES.items() if np.dtype(kind).newbyteorder("<") == dtype]
-    if not codes or array.shape != grid.shape or max(array.shape) > np.iinfo(np.int16).max:
+    if not codes or array.shape != grid.shape or max(array.shape) > MAX_SIDE:
         raise ValueError(f"cannot write {array.dtype} {array.shape} on the grid {grid.shape} as NIfTI-1")
     header = np.zeros((), _layout(1, "<"))
     header["sizeof_hdr"], header["magic"], header["vox_offset"] = 348, b"n+1", 352
@@ -144,9 +163,9 @@ def _compare_name(packed: bool, notes: Notes) -> None:
 # --- the header: from its bytes to a plan ---------------------------------------------------------------------------
 
 
-def _judge(head: bytes, notes: Notes) -> _Plan:
-    """Decide from the first bytes whether the file can be read, before anything is allocated for it."""
-    header = _parse(head, notes)
+def _judge(head: bytes, data: bytes, notes: Notes) -> _Plan:
+    """Decide from the first (unpacked) bytes whether the file can be read, before anything is allocated for it."""
+    header = _parse(head, data, notes)
     shape = _shape(header["dim"].tolist(), notes)
     dtype = _dtype(header, notes)
     offset = _offset(header, notes)
@@ -155,7 +174,7 @@ def _judge(head: bytes, notes: Notes) -> _Plan:
     return _Plan(grid, dtype, offset, slope, inter, header.dtype.itemsize, _order(header))
 
 
-def _parse(head: bytes, notes: Notes) -> np.void:
+def _parse(head: bytes, data: bytes, notes: Notes) -> np.void:
     """Find version and byte order by `sizeof_hdr`, and require the magic of a single file."""
     orders: tuple[Order, Order] = ("<", ">")
     for order in orders:
@@ -172,7 +191,7 @@ def _parse(head: bytes, notes: Notes) -> np.void:
         raise notes.error(Code.BAD_HEADER, "found a sizeof_hdr that is neither 348 nor 540 in either byte order")
     if head.startswith(GZIP_MAGIC):
         raise notes.error(Code.BAD_MAGIC, "found gzip data inside gzip data, expected NIfTI; unpack it once")
-    raise notes.error(Code.NOT_NIFTI, f"found {describe_content(head)}, expected NIfTI")
+    raise unexpected(head if data.startswith(GZIP_MAGIC) else data, Code.NOT_NIFTI, "NIfTI", notes)
 
 
 def _require_magic(magic: bytes, version: int, notes: Notes) -> None:
@@ -194,9 +213,10 @@ def _shape(dim: list[int], notes: Notes) -> tuple[int, int, int]:
     if rank < 3 or max(sizes[3:], default=1) > 1:
         found = "x".join(str(n) for n in sizes)
         raise notes.error(Code.NOT_3D, f"found {found} ({rank} dimensions), expected one volume of 3; split or stack it first")
-    if sizes[0] * sizes[1] * sizes[2] > MAX_VOXELS:
+    if sizes[0] * sizes[1] * sizes[2] > MAX_VOXELS or max(sizes[:3]) > MAX_SIDE:
         found = "x".join(str(n) for n in sizes[:3])
-        raise notes.error(Code.TOO_LARGE, f"found a claim of {found} voxels, expected at most {MAX_VOXELS:,}")
+        most = f"at most {MAX_VOXELS:,}, and {MAX_SIDE:,} along an axis"
+        raise notes.error(Code.TOO_LARGE, f"found a claim of {found} voxels, expected {most}")
     return sizes[2], sizes[1], sizes[0]
 
 
@@ -268,11 +288,14 @@ def _check_extensions(content: memoryview, plan: _Plan, notes: Notes) -> None:
 
 
 def _scaled(array: NDArray[Any], plan: _Plan) -> NDArray[Any]:
-    """Apply slope and intercept; small integers are exact in float32, wider types go by way of float64."""
-    if (plan.slope, plan.inter) == (1.0, 0.0):
+    """Apply slope and intercept block by block; small integers are exact in float32, wider types go by way of float64."""
+    if not plan.is_scaled:
         return array
     wide = np.result_type(array.dtype, np.float32)
+    flat, scaled = array.reshape(-1), np.empty(array.size, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        scaled: NDArray[Any] = np.multiply(array, wide.type(plan.slope), dtype=wide)
-        scaled += wide.type(plan.inter)
-        return scaled.astype(np.float32, copy=False)
+        slope, inter = wide.type(plan.slope), wide.type(plan.inter)
+        for start in range(0, flat.size, BLOCK_VOXELS):
+            block = slice(start, start + BLOCK_VOXELS)
+            scaled[block] = np.multiply(flat[block], slope, dtype=wide) + inter
+    return scaled.reshape(array.shape)

@@ -12,6 +12,9 @@ from brainseg.formats import Notes
 from brainseg.geometry import Grid
 
 USUAL_SPACING_MM = (0.1, 20.0)
+POSSIBLE_SPACING_MM = (1e-4, 1e4)
+FARTHEST_MM = 1e6
+"""No scanner's origin is a kilometre away; beyond this float32 cannot place a voxel to a tenth of a millimetre."""
 SPACING_TOLERANCE = 0.01
 """Relative difference between pixdim and the sform's columns that goes without a word."""
 
@@ -123,7 +126,13 @@ def _in_mm(matrix: Matrix, unit: int, notes: Notes) -> Matrix:
         word, factor = _UNITS_MM[unit]
         matrix = np.diag([factor, factor, factor, 1.0]) @ matrix
         notes.warn(Code.SPACING, f"found lengths in {word}; they were converted to mm")
-    sizes, (low, high) = _sizes(matrix), USUAL_SPACING_MM
+    sizes, (least, most), (low, high) = _sizes(matrix), POSSIBLE_SPACING_MM, USUAL_SPACING_MM
+    if sizes.min() < least or sizes.max() > most:
+        found = "x".join(f"{size:.3g}" for size in sizes)
+        raise notes.error(Code.BAD_SPACING, f"found voxels of {found} mm, expected {low:g} to {high:g} mm along each axis")
+    if np.abs(matrix[:3, 3]).max() > FARTHEST_MM:
+        found = f"an origin {np.abs(matrix[:3, 3]).max():.3g} mm away"
+        raise notes.error(Code.BAD_AFFINE, f"found {found}, expected one within {FARTHEST_MM:g} mm")
     if sizes.min() < low or sizes.max() > high:
         found = "x".join(f"{size:.3g}" for size in sizes)
         notes.warn(Code.SPACING, f"found voxels of {found} mm, expected {low:g} to {high:g} mm along each axis")

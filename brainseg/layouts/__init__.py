@@ -10,16 +10,19 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
 
-from brainseg.errors import Code
+from brainseg.errors import Code, UsageError, one_line
 from brainseg.storage import Entry, name_of
 
 MAX_ID_BYTES = 200
 """An id becomes a file name (`<id>.nii.gz`), which file systems limit to 255 bytes."""
+
+SLICE_READERS = ("stack", "h5slices")
+"""Readers of scans that are stored a file a slice, in an order that `Source.index` gives."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.+-]+")
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
@@ -27,11 +30,12 @@ _PERSONAL = re.compile(
     r"(^|[^a-z])(age|gender|sex|race|ethnic(ity)?|dea(d|th)|died|survival|(sur)?name|birth(date|day)?|dob|born|address|mrn|date)([^a-z]|$)"
 )
 _VALUE_LENGTH = 200
+_PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 _LISTING_PROBLEMS: Mapping[Code | None, str] = {
-    Code.NOT_A_FILE: "not a regular file: a pipe, a link to a folder, or a link to nothing",
+    Code.NOT_A_FILE: "not a regular file: a pipe, a folder, a link to a folder, or a link to nothing",
     Code.OUTSIDE_ROOT: "a link that leads out of the archive",
     Code.UNREADABLE: "may not be read",
-    Code.BAD_ID: "its name is not UTF-8",
+    Code.BAD_ID: "its name is not UTF-8, or no path",
 }
 
 
@@ -81,7 +85,7 @@ class FoundScan:
 
     def with_problem(self, code: Code, line: str) -> "FoundScan":
         """Return this scan marked as unusable; the first problem found is the one that stays."""
-        return self if self.problem_code else replace(self, problem_code=code, problem=" ".join(line.split()))
+        return self if self.problem_code else replace(self, problem_code=code, problem=one_line(line))
 
 
 @dataclass
@@ -120,6 +124,8 @@ def noise(uri: str, root: str = "") -> str | None:
 
 def unplaced(entry: Entry, expected: str) -> tuple[str, str]:
     """The line of `Inventory.ignored` for a file that no scan claims."""
+    if entry.problem is None and entry.uri.lower().endswith(_PACKED):
+        return entry.uri, "a packed archive, which is never unpacked here: unpack it, and index the folder"
     return entry.uri, _LISTING_PROBLEMS.get(entry.problem, f"no part of a scan: {expected}")
 
 
@@ -185,6 +191,33 @@ def settle(scans: Sequence[FoundScan], ignored: list[tuple[str, str]]) -> Invent
         if folded[scan_id.casefold()] > 1
     ]
     return Inventory(unique, ignored, warnings)
+
+
+def sliced(inventory: Inventory) -> Inventory:
+    """Make every slice of every stack a scan of its own: same patient, same attributes, its position in the id.
+
+    A scan of one slice stays as it is, and so does one with a problem: it is refused whole. Raises UsageError for volumes,
+    whose slices have no files of their own.
+    """
+    volumes = [scan for scan in inventory.scans if scan.reader not in SLICE_READERS]
+    if volumes:
+        raise UsageError(
+            f"{len(volumes)} scans are stored as volumes, such as '{volumes[0].scan_id}'; only stacks of a file a slice can "
+            "be taken slice by slice (layouts lgg, figshare, h5slices)"
+        )
+    scans = [part for scan in inventory.scans for part in _slices(scan)]
+    return replace(settle(scans, inventory.ignored), warnings=inventory.warnings)
+
+
+def _slices(scan: FoundScan) -> Iterator[FoundScan]:
+    parts: dict[int | None, list[Source]] = {}
+    for source in scan.sources:
+        parts.setdefault(source.index, []).append(replace(source, index=0))
+    if scan.problem_code or len(parts) < 2:
+        yield scan
+        return
+    for index, sources in parts.items():
+        yield replace(scan, scan_id=f"{scan.scan_id}_{index:03d}", sources=tuple(sources))
 
 
 def _with_safe_id(scan: FoundScan) -> FoundScan:

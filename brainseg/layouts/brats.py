@@ -20,16 +20,17 @@ EXAMPLE = "BraTS20_Training_001/BraTS20_Training_001_flair.nii.gz or BraTS-GLI-0
 MODALITIES = ("flair", "t1", "t1c", "t2")
 LABEL = "label"
 
-_MEANINGS: Mapping[str, str] = {
+MEANINGS: Mapping[str, str] = {
     **dict.fromkeys(("flair", "t2f", "fla"), "flair"),
     **dict.fromkeys(("t1", "t1n"), "t1"),
     **dict.fromkeys(("t1ce", "t1c", "t1gd"), "t1c"),
     **dict.fromkeys(("t2", "t2w"), "t2"),
     **dict.fromkeys(("seg", "segm"), LABEL),
 }
+"""What a word means in every release's spelling."""
 _SPELT_SINCE_2023 = frozenset({"t2f", "t1n", "t2w"})
 _FILE = re.compile(
-    rf"^(?P<case>.*?)(?:_hdbet_native)?[-_](?P<word>{'|'.join(_MEANINGS)})(?:_with-skull)?\.nii(?:\.gz)?$",
+    rf"^(?P<case>.*?)(?:_hdbet_native)?[-_](?P<word>{'|'.join(MEANINGS)})(?:_with-skull)?\.nii(?:\.gz)?$",
     re.IGNORECASE | re.DOTALL,
 )
 _FILE_2013 = re.compile(r"^(?:(?P<word>flair|t1|t1c|t2)_subtrMeanDivStd|(?P<label>OTMultiClass))\.nii(?:\.gz)?$", re.IGNORECASE)
@@ -112,12 +113,12 @@ def _parse(uri: str) -> _Part | None:
     old = _FILE_2013.match(name)
     if old:
         word = (old["word"] or "seg").lower()
-        return _Part(name_of(folder), _MEANINGS[word], word)
+        return _Part(name_of(folder), MEANINGS[word], word)
     found = _FILE.match(name)
     if not found:
         return None
     word = found["word"].lower()
-    return _Part(found["case"], _MEANINGS[word], word)
+    return _Part(found["case"], MEANINGS[word], word)
 
 
 def _ignored(entry: Entry) -> tuple[str, str]:

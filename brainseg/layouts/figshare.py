@@ -6,6 +6,7 @@ an image is. Without one, patients and folds stay unknown and no split is made u
 """
 
 import csv
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -135,7 +136,7 @@ def _read_table(uri: str) -> tuple[dict[int, _Said], str]:
 
 
 def _dict_rows(uri: str) -> Iterator[dict[str, str]]:
-    yield from csv.DictReader(read_text(uri).splitlines())
+    yield from csv.DictReader(io.StringIO(read_text(uri), newline=""))
 
 
 def _said(row: Mapping[str, str], image: str, patient: str | None, fold: str | None, table: str) -> _Said:

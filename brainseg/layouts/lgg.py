@@ -6,6 +6,7 @@ makes the scan a problem: a volume with a hole would be segmented and measured a
 """
 
 import csv
+import io
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,7 +127,7 @@ def _some(numbers: set[int]) -> str:
 def _read_attributes(uri: str) -> tuple[dict[str, dict[str, str]], str]:
     """Return patient -> attributes from the set's own table, and what to say about the file."""
     try:
-        rows = list(csv.DictReader(read_text(uri).splitlines()))
+        rows = list(csv.DictReader(io.StringIO(read_text(uri), newline="")))
     except (StorageError, csv.Error) as error:
         return {}, f"a table that cannot be read: {error}"
     if not rows or "Patient" not in rows[0]:

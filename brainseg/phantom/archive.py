@@ -103,7 +103,8 @@ def _figshare(scans: int, shape: Shape, seed: int) -> Iterator[Scan]:
             if number > scans:
                 return
             kind = "meningioma" if head.tumour == "solid" else "glioma"
-            row = {"image": str(number), "tumor_type": kind, "fold": str(1 + patient % FIGSHARE_FOLDS)}
+            fold = str(1 + patient % FIGSHARE_FOLDS)
+            row = {"image": str(number), "patient": f"head-{patient}", "tumor_type": kind, "fold": fold}
             files = {f"images/{number}.png": encode_picture(plane, "PNG"), f"masks/{number}.png": encode_picture(core, "PNG")}
             yield str(number), files, {"folds.csv": row}
     raise UsageError(f"heads of shape {shape} show too little tumour for {scans} figshare slices; use a larger shape")

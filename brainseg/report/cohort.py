@@ -17,14 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainseg.aggregate import RegionSummary, Rule, aggregate, bootstrap_interval
+from brainseg.report.alerts import alerts
+from brainseg.report.baselines import baseline_figures, mean_dice
 from brainseg.report.facts import SPLITS, Cohort, Run, load
 
 STAGES = ("decode", "predict", "finish")
 BEFORE_READABLE = ("list", "decode")
-MODALITY_ALERTS = {
-    "modalities_missing": "lacked a modality that the model wants",
-    "modalities_duplicated": "carried one modality twice under two names",
-}
 MAX_LINES = 100
 """Quarantine lines kept per code; the counts are always whole."""
 
@@ -48,14 +46,17 @@ def summarise(cohort: Cohort, *, rule: Rule = "exclude") -> dict[str, Any]:
     counts = _counts(cohort)
     groups = [_group(cohort, split, rule) for split in SPLITS]
     groups = [group for group in groups if group["scans"]]
+    leading = headline(groups)
+    lead = next((group for group in groups if group["split"] == leading), None)
+    baselines = baseline_figures(cohort, leading, rule)
     return {
         "runs": [_run(run) for run in cohort.runs],
         "rule": rule,
         "counts": counts,
-        "alerts": _alerts(cohort, counts),
-        "headline": headline(groups),
+        "alerts": alerts(cohort, counts, lead, baselines),
+        "headline": leading,
         "groups": groups,
-        "baselines": [b for run in cohort.runs for b in _baselines(run)],
+        "baselines": baselines,
         "scans": _scan_rows(cohort),
         "quarantine": _quarantine(cohort),
         "remarks": _remarks(cohort),
@@ -109,6 +110,8 @@ def _run(run: Run) -> dict[str, Any]:
         "seconds": _seconds(info.get("timings") or {}),
         "versions": info.get("versions") or {},
         "config": info.get("config") or {},
+        "threshold": info.get("threshold") or {"value": (info.get("config") or {}).get("threshold"), "chosen_on": None},
+        "labels": (run.evaluation or {}).get("labels"),
         "model": {
             **{name: model.get(name) for name in ("name", "dataset", "label_map", "fingerprint", "threshold")},
             "regions": list(model.get("regions") or ()),
@@ -116,6 +119,7 @@ def _run(run: Run) -> dict[str, Any]:
             "held_out_dice": _mean_dice_per_region((model.get("metrics") or {}).get("held_out")),
             "split": {side: len(split.get(side) or ()) for side in ("train", "validation", "test")},
             "unit": split.get("unit") or "patient",
+            "audit": {name: (model.get("audit") or {}).get(name) for name in ("verdict", "reason")},
         },
     }
 
@@ -123,45 +127,6 @@ def _run(run: Run) -> dict[str, Any]:
 def _seconds(timings: Mapping[str, Any]) -> dict[str, float]:
     """The entries of `run.json`'s timings that are in seconds, without the unit in their names."""
     return {name.removesuffix("_s"): float(value) for name, value in timings.items() if name.endswith("_s")}
-
-
-def _alerts(cohort: Cohort, counts: Mapping[str, int]) -> list[str]:
-    """What a reader must know before believing a figure; the page prints it in red."""
-    scans = cohort.scans
-    said = [line for run in cohort.runs for line in _model_alerts(run)]
-    said += [f"{uri} cannot be read: its scans are not in any figure here." for run in cohort.runs for uri in run.torn]
-    if counts["missing"]:
-        said.append(f"{counts['missing']} of {counts['found']} scans have no row yet: the run is unfinished, or lost a part.")
-    if cohort.doubled:
-        said.append(f"{_scans(cohort.doubled)} stood twice in one run; the row written last counts.")
-    again = scans.num_rows - pc.count_distinct(scans["scan_id"]).as_py()
-    if again:
-        said.append(f"{_scans(again)} of one run stand in another one too; each row counts.")
-    for column, words in MODALITY_ALERTS.items():
-        number = _count(pc.greater(pc.fill_null(pc.list_value_length(scans[column]), 0), 0))
-        if number:
-            said.append(f"{_scans(number)} {words}.")
-    nameless = _count(pc.and_(scans["evaluated"], pc.is_null(scans["patient_id"])))
-    if nameless:
-        said.append(f"{_scans(nameless)} with figures but without a patient: intervals take each for a patient of its own.")
-    return said
-
-
-def _scans(number: int) -> str:
-    return "1 scan" if number == 1 else f"{number:,} scans"
-
-
-def _model_alerts(run: Run) -> list[str]:
-    model, said = run.model, []
-    if model.get("accept_leakage"):
-        said.append("Leakage was accepted in training: patients may stand on both sides of the model's split.")
-    if model.get("selection_biased"):
-        said.append("Selection bias: the fold reported as held out also chose the checkpoint.")
-    if not any((model.get("split") or {}).get(side) for side in ("train", "validation", "test")):
-        said.append("The model records no split: whether it was trained on these patients cannot be told.")
-    if not run.info.get("finished_at"):
-        said.append(f"Run {run.info.get('run_id')} has not finished: its figures will change.")
-    return said
 
 
 def _group(cohort: Cohort, split: str, rule: Rule) -> dict[str, Any]:
@@ -192,7 +157,7 @@ def _region_figures(table: pa.Table, num_failed: int, rule: Rule) -> list[dict[s
     for region, figures in aggregate(table, rule=rule).items():
         part = table.filter(pc.equal(table["region"], region))
         low, high = bootstrap_interval(_ruled_dice(part, rule), part["patient_id"].to_pylist())
-        found.append(_plain({**_fields(figures, num_failed), "dice_interval": [low, high]}))
+        found.append(plain({**_fields(figures, num_failed), "dice_interval": [low, high]}))
     return found
 
 
@@ -207,26 +172,18 @@ def _ruled_dice(part: pa.Table, rule: Rule) -> Any:
     return np.where(empty, 1.0 if rule == "brats" else np.nan, dice)
 
 
-def _baselines(run: Run) -> list[dict[str, Any]]:
-    """Mean Dice per region of what a model must beat, as the run or its model recorded it."""
-    recorded = run.info.get("baselines") or run.model.get("baselines") or {}
-    return [{"name": name, "dice": _mean_dice_per_region(regions)} for name, regions in recorded.items()]
-
-
 def _mean_dice_per_region(recorded: Any) -> dict[str, float]:
     """Region -> mean Dice, from plain numbers or from the summaries that a model's card holds."""
-    if not isinstance(recorded, Mapping):
-        return {}
-    means = {region: s.get("dice_mean") if isinstance(s, Mapping) else s for region, s in recorded.items()}
-    return {region: float(mean) for region, mean in means.items() if isinstance(mean, int | float)}
+    means = {region: mean_dice(s) for region, s in recorded.items()} if isinstance(recorded, Mapping) else {}
+    return {region: mean for region, mean in means.items() if mean is not None}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A figure, or a nest of them, as JSON can hold it: NaN is null, infinity the string `inf`."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "inf"
     return value
@@ -234,14 +191,14 @@ def _plain(value: Any) -> Any:
 
 def _scan_rows(cohort: Cohort) -> dict[str, Any]:
     """The scans of the page's table: at most `MAX_ROWS`, those with the lowest mean Dice first."""
-    ranking = mean_dice(cohort)
+    ranking = mean_dice_of_scans(cohort)
     ok = pc.equal(cohort.scans["status"], "ok").to_numpy(zero_copy_only=False)
     order = [int(row) for row in np.argsort(ranking, kind="stable") if ok[row]]
     shown = order[:MAX_ROWS]
     regions = defaultdict(list)
     kept = cohort.regions.filter(pc.is_in(cohort.regions["row"], value_set=pa.array(shown, pa.int64())))
     for entry in kept.to_pylist():
-        regions[entry["row"]].append(_plain({name: entry[name] for name in TABLE_FIGURES}))
+        regions[entry["row"]].append(plain({name: entry[name] for name in TABLE_FIGURES}))
     columns = ["scan_id", "patient_id", "dataset", "split", "fold", "warnings"]
     rows = cohort.scans.select(columns).take(pa.array(shown, pa.int64())).to_pylist()
     return {"of": len(order), "rows": [{**row, "regions": regions[i]} for row, i in zip(rows, shown, strict=True)]}
@@ -263,7 +220,7 @@ TABLE_FIGURES = (
 )
 
 
-def mean_dice(cohort: Cohort) -> Any:
+def mean_dice_of_scans(cohort: Cohort) -> Any:
     """For each scan the mean Dice over its regions, float64; NaN where no region has one."""
     dice = cohort.regions["dice"].to_numpy(zero_copy_only=False)
     known = ~np.isnan(dice)

@@ -47,6 +47,8 @@ class Run:
     info: Mapping[str, Any]
     parts: tuple[str, ...]
     torn: tuple[str, ...] = ()
+    evaluation: Mapping[str, Any] | None = None
+    """`evaluation.json`, where the run was evaluated anew: its `metrics.parquet` then has the figures that count."""
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -69,12 +71,14 @@ class Cohort:
 
     `scans`: `SCAN_COLUMNS` and `run`, `part` (positions in `runs` and its parts), `split`, `labelled`, `evaluated`.
     `regions`: the columns of `tables.REGION` and `row`, the position in `scans`.
+    `baselines`: rows of `baselines.parquet` with `side`, one of `SPLITS`; none where no run was evaluated anew.
     """
 
     runs: tuple[Run, ...]
     scans: pa.Table
     regions: pa.Table
     doubled: int
+    baselines: pa.Table
 
 
 def load(run_uris: Sequence[str]) -> Cohort:
@@ -84,16 +88,20 @@ def load(run_uris: Sequence[str]) -> Cohort:
     runs: list[Run] = []
     scans: list[pa.Table] = []
     regions: list[pa.Table] = []
-    doubled = 0
+    baselines: list[pa.Table] = []
+    doubled = first_row = 0
     for number, uri in enumerate(run_uris):
         run, table = _read_run(storage.absolute(uri))
         latest = _latest(table)
         doubled += table.num_rows - latest.num_rows
-        flat, rows = _flatten(latest, first_row=sum(t.num_rows for t in scans))
+        measured = _nested(latest) if run.evaluation is None else _evaluated_anew(run, latest)
+        flat = latest.drop_columns(["regions"]).append_column("evaluated", _scored(measured, latest.num_rows))
         scans.append(_placed(flat, run, number))
-        regions.append(rows)
+        regions.append(_moved(measured, first_row))
+        baselines.append(_baselines(run))
         runs.append(run)
-    return Cohort(tuple(runs), pa.concat_tables(scans), pa.concat_tables(regions), doubled)
+        first_row += latest.num_rows
+    return Cohort(tuple(runs), pa.concat_tables(scans), pa.concat_tables(regions), doubled, pa.concat_tables(baselines))
 
 
 def _read_run(uri: str) -> tuple[Run, pa.Table]:
@@ -111,7 +119,10 @@ def _read_run(uri: str) -> tuple[Run, pa.Table]:
             parts.append(entry.uri)
         except StorageError:
             torn.append(entry.uri)
-    return Run(uri, storage.read_json(info_uri), tuple(parts), tuple(torn)), pa.concat_tables(pieces or [_no_rows()])
+    anew = storage.join(uri, "evaluation.json")
+    evaluation = storage.read_json(anew) if storage.exists(anew) else None
+    run = Run(uri, storage.read_json(info_uri), tuple(parts), tuple(torn), evaluation)
+    return run, pa.concat_tables(pieces or [_no_rows()])
 
 
 def _read_part(uri: str, part: int) -> pa.Table:
@@ -151,16 +162,43 @@ def _latest(table: pa.Table) -> pa.Table:
     return table.take(sorted(keep.values()))
 
 
-def _flatten(table: pa.Table, first_row: int) -> tuple[pa.Table, pa.Table]:
-    """Split off the nested `regions` as a table of its own, scan x region, with `row` counted from `first_row`."""
+def _nested(table: pa.Table) -> pa.Table:
+    """The column `regions` as a table of its own, scan x region, with `row`, the scan's position in the given one."""
     nested = table["regions"].combine_chunks()
     parents = pc.list_parent_indices(nested).to_numpy(zero_copy_only=False).astype(np.int64)
     flat = nested.flatten()
     columns = {field.name: flat.field(field.name) for field in tables.REGION}
-    rows = pa.table({**columns, "row": pa.array(parents + first_row)})
-    scored = np.zeros(table.num_rows, bool)
-    scored[parents[pc.not_equal(flat.field("state"), "no_label").to_numpy(zero_copy_only=False)]] = True
-    return table.drop_columns(["regions"]).append_column("evaluated", pa.array(scored)), rows
+    return pa.table({**columns, "row": pa.array(parents)})
+
+
+def _evaluated_anew(run: Run, table: pa.Table) -> pa.Table:
+    """The same from `metrics.parquet`, where a later evaluation left its figures."""
+    names = [field.name for field in tables.REGION]
+    found = storage.read_table(storage.join(run.uri, "metrics.parquet"), ["scan_id", *names]).replace_schema_metadata(None)
+    rows = pc.index_in(found["scan_id"], value_set=table["scan_id"].combine_chunks()).cast(pa.int64())
+    found = found.select(names).append_column("row", rows)
+    return pa.table(found.filter(pc.is_valid(found["row"])).columns, names=[*names, "row"])
+
+
+def _scored(measured: pa.Table, num_scans: int) -> pa.Array:
+    """For each scan whether any of its regions was measured against a label."""
+    scored = np.zeros(num_scans, bool)
+    scored[measured["row"].to_numpy()[pc.not_equal(measured["state"], "no_label").to_numpy()]] = True
+    return pa.array(scored)
+
+
+def _moved(measured: pa.Table, first_row: int) -> pa.Table:
+    """Rows counted over all runs."""
+    place = measured.schema.get_field_index("row")
+    return measured.set_column(place, "row", pa.array(measured["row"].to_numpy() + first_row))
+
+
+def _baselines(run: Run) -> pa.Table:
+    """A run's `baselines.parquet` with the side of the model's split."""
+    table = tables.BASELINES.empty_table()
+    if run.evaluation is not None:
+        table = storage.read_table(storage.join(run.uri, "baselines.parquet"))
+    return table.append_column("side", pc.fill_null(table["split"], "outside")).replace_schema_metadata(None)
 
 
 def _placed(table: pa.Table, run: Run, number: int) -> pa.Table:

@@ -21,7 +21,7 @@ from brainseg.errors import ScanError
 from brainseg.formats.images import read_image
 from brainseg.regions import LABEL_MAPS
 from brainseg.report import figures
-from brainseg.report.cohort import mean_dice
+from brainseg.report.cohort import mean_dice_of_scans
 from brainseg.report.facts import Cohort
 
 PER_SHELF = 4
@@ -66,7 +66,7 @@ def choose(cohort: Cohort, split: str | None) -> list[Shelf]:
 
 def _within(cohort: Cohort, split: str) -> NDArray[np.float64]:
     inside = pc.equal(cohort.scans["split"], split).to_numpy()
-    ranking: NDArray[np.float64] = np.where(inside, mean_dice(cohort), np.nan)
+    ranking: NDArray[np.float64] = np.where(inside, mean_dice_of_scans(cohort), np.nan)
     return ranking
 
 

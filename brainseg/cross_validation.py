@@ -1,0 +1,249 @@
+"""Cross-validation: train on every fold in turn, so that each labelled scan is judged once, by a model that never saw it.
+
+    OUT/fold-K/                   the model that kept fold K back (`train.py`)
+    OUT/out_of_fold.parquet       the held-out rows of all finished folds: every labelled scan once
+    OUT/baselines.parquet         what the same scans score without a network
+    OUT/cross_validation.json     figures over all of them, fold by fold, denominators, who is missing and why
+
+Finished folds are never trained again: the same command goes on with the others.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from brainseg import manifest, storage
+from brainseg.aggregate import RegionSummary, Rule, aggregate, bootstrap_interval
+from brainseg.config import TrainConfig
+from brainseg.course import BASELINES_FILE, FAILED_FILE, HELD_OUT_FILE
+from brainseg.errors import BrainsegError, PreflightError
+from brainseg.model import ModelCard, load_card
+from brainseg.scoring import summary_json
+from brainseg.split import folds_of, usable_rows
+from brainseg.train import claimed_before, draft, finished_before, train_model
+
+OUT_OF_FOLD = "out_of_fold.parquet"
+SUMMARY = "cross_validation.json"
+MOST_NAMED = 10
+"""Missing scans that the words name; the JSON names them all."""
+RULES: tuple[Rule, ...] = ("exclude", "brats")
+Row = Mapping[str, Any]
+Say = Callable[[str], None]
+
+
+def cross_validate(
+    manifest_uri: str,
+    out: str,
+    config: TrainConfig,
+    *,
+    folds: Sequence[int] | None = None,
+    workers: int | None = None,
+    say: Say = lambda _: None,
+) -> dict[str, Any]:
+    """Train the named folds (all, by default) and sum up every fold that is finished; returns OUT/cross_validation.json.
+
+    Raises UsageError, before anything is written, where manifest, config or folds cannot serve or `out` holds another
+    recipe's or manifest's folds. Where a fold fails its error is raised and the finished ones stay.
+    """
+    table = manifest.read_manifest(manifest_uri)
+    place_of = _folds(table, config)
+    there = sorted(set(place_of.values()))
+    wanted = sorted(set(folds)) if folds else there
+    unknown = [fold for fold in wanted if fold not in there]
+    if unknown:
+        raise PreflightError(f"the manifest has no fold {unknown[0]}; it has {there}")
+    drafts = {fold: draft(table, _of_fold(config, fold))[0] for fold in there}
+    finished = {fold for fold in there if _is_finished(_model(out, fold), drafts[fold])}
+    for number, fold in enumerate(wanted, start=1):
+        say(f"fold {fold} ({number} of {len(wanted)})")
+        try:
+            train_model(manifest_uri, _model(out, fold), _of_fold(config, fold), workers=workers, say=say)
+        except BrainsegError:
+            say(f"fold {fold} did not finish; {len(finished)} of {len(there)} are kept, and the same command goes on from here")
+            raise
+        finished.add(fold)
+    return _sum_up(table, out, {fold: load_card(_model(out, fold)) for fold in sorted(finished)}, place_of)
+
+
+def _folds(table: pa.Table, config: TrainConfig) -> dict[str, int]:
+    """scan_id -> fold of every scan that can be trained on."""
+    rows = usable_rows(table.select(["scan_id", "patient_id", "fold", "has_label", "problem_code"]).to_pylist())
+    return {row["scan_id"]: fold for row, fold in zip(rows, folds_of(rows, config), strict=True)}
+
+
+def _model(out: str, fold: int) -> str:
+    return storage.join(out, f"fold-{fold}")
+
+
+def _of_fold(config: TrainConfig, fold: int) -> TrainConfig:
+    return config.model_copy(update={"folds_held_out": fold})
+
+
+def _is_finished(model: str, card: ModelCard) -> bool:
+    """Whether this very model of a fold is there; UsageError where another one is, finished or not."""
+    claimed_before(f"{model}.work", card)
+    return finished_before(model, card) is not None
+
+
+# --- summing up -----------------------------------------------------------------------------------------------------
+
+
+def _sum_up(table: pa.Table, out: str, cards: Mapping[int, ModelCard], place_of: Mapping[str, int]) -> dict[str, Any]:
+    """Gather the finished folds into the three files of OUT; returns the JSON one."""
+    rows = _gathered(out, list(cards), HELD_OUT_FILE)
+    baselines = _gathered(out, list(cards), BASELINES_FILE)
+    _check_once(rows)
+    missing = _missing(table, out, rows, cards, place_of)
+    scans = _denominators(table, rows, cards, place_of)
+    body = _body(table, cards, rows, baselines) | {"scans": scans, "missing": missing}
+    storage.write_table(storage.join(out, OUT_OF_FOLD), rows, row_group_rows=65536)
+    storage.write_table(storage.join(out, BASELINES_FILE), baselines, row_group_rows=65536)
+    storage.write_json(storage.join(out, SUMMARY), body)
+    return body
+
+
+def _gathered(out: str, folds: Sequence[int], name: str) -> pa.Table:
+    """The tables of all folds as one, by scan; a scan's regions stay in the model's order."""
+    return pa.concat_tables([storage.read_table(storage.join(_model(out, fold), name)) for fold in folds]).sort_by("scan_id")
+
+
+def _check_once(rows: pa.Table) -> None:
+    """Every scan and region once; anything else means that two folds kept one scan back."""
+    seen = rows.group_by(["scan_id", "region"]).aggregate([([], "count_all")])
+    twice = seen.filter(pc.greater(seen["count_all"], 1))["scan_id"].to_pylist()
+    if twice:
+        raise BrainsegError(f"{twice[0]} was held out by more than one fold; the folds do not belong together")
+
+
+def _missing(
+    table: pa.Table, out: str, rows: pa.Table, cards: Mapping[int, ModelCard], place_of: Mapping[str, int]
+) -> list[dict[str, str]]:
+    """Every scan with a label that has no out-of-fold row, each with the reason."""
+    scored = set(rows["scan_id"].to_pylist())
+    failures = {f["scan_id"]: f for fold in cards for f in storage.read_json(storage.join(_model(out, fold), FAILED_FILE))}
+    out_rows = []
+    for row in table.select(["scan_id", "has_label", "problem_code", "problem"]).to_pylist():
+        scan = row["scan_id"]
+        if not row["has_label"] or scan in scored:
+            continue
+        if row["problem_code"]:
+            code, why = str(row["problem_code"]), str(row["problem"] or "found unusable while indexing")
+        elif place_of[scan] not in cards:
+            code, why = "NOT_TRAINED", f"fold {place_of[scan]} is not finished"
+        else:
+            code, why = failures[scan]["code"], failures[scan]["message"]
+        out_rows.append({"scan_id": scan, "code": code, "reason": why})
+    return out_rows
+
+
+def _denominators(
+    table: pa.Table, rows: pa.Table, cards: Mapping[int, ModelCard], place_of: Mapping[str, int]
+) -> dict[str, int]:
+    """How many scans each step left over; `failed` are those of finished folds that could not be read."""
+    held_out = sum(fold in cards for fold in place_of.values())
+    scored = pc.count_distinct(rows["scan_id"]).as_py()
+    labelled = pc.sum(table["has_label"]).as_py() or 0
+    return {
+        "found": table.num_rows,
+        "with_label": labelled,
+        "unusable": labelled - len(place_of),
+        "held_out": held_out,
+        "scored": scored,
+        "failed": held_out - scored,
+    }
+
+
+def _body(table: pa.Table, cards: Mapping[int, ModelCard], rows: pa.Table, baselines: pa.Table) -> dict[str, Any]:
+    some = next(iter(cards.values()))
+    failed = sum(card.metrics["held_out_scans"]["failed"] for card in cards.values())
+    names = baselines["baseline"].unique().to_pylist()
+    return {
+        "name": some.name,
+        "manifest_fingerprint": manifest.fingerprint(table),
+        "config": some.train.model_dump(mode="json", exclude={"folds_held_out"}),
+        "folds": list(cards),
+        "selection_biased": any(card.selection_biased for card in cards.values()),
+        "accept_leakage": some.accept_leakage,
+        "leakage_audit": {str(fold): card.audit.get("verdict", "unknown") for fold, card in cards.items()},
+        "regions": _figures(rows, failed),
+        "baselines": {name: _figures(baselines.filter(pc.equal(baselines["baseline"], name)), failed) for name in names},
+        "per_fold": {str(fold): _of_card(card) for fold, card in cards.items()},
+    }
+
+
+def _of_card(card: ModelCard) -> dict[str, Any]:
+    return {"held_out": card.metrics["held_out"], "scans": card.metrics["held_out_scans"], "training": card.training}
+
+
+def _figures(rows: pa.Table, failed: int) -> dict[str, dict[str, Any]]:
+    """Region -> rule -> figures over all scans."""
+    by_rule = {rule: aggregate(rows, rule=rule) for rule in RULES}
+    regions = list(by_rule[RULES[0]])
+    return {r: {rule: _with_interval(by_rule[rule][r], rows, failed) for rule in RULES} for r in regions}
+
+
+def _with_interval(summary: RegionSummary, rows: pa.Table, failed: int) -> dict[str, Any]:
+    """The figures that a model's card carries, with the interval of the mean and the denominators beside them."""
+    chosen = rows.filter(pc.equal(rows["region"], summary.region))
+    dice, states = chosen["dice"].to_pylist(), chosen["state"].to_pylist()
+    if summary.rule == "brats":
+        dice = [1.0 if state == "both_empty" else value for value, state in zip(dice, states, strict=True)]
+    known = [math.nan if value is None else value for value in dice]
+    low, high = bootstrap_interval(known, chosen["patient_id"].to_pylist())
+    return summary_json(summary) | {
+        "dice_interval_95": None if math.isnan(low) else [low, high],
+        "dice_q1": summary.dice.q1,
+        "dice_q3": summary.dice.q3,
+        "dice_mean_failed_zero": summary.mean_with_failures_zero(failed),
+        "pooled_dice": summary.pooled_dice,
+        "patient_mean_dice": summary.patient_mean_dice,
+        "num_patients": summary.num_patients,
+    }
+
+
+# --- in words -------------------------------------------------------------------------------------------------------
+
+
+def describe(body: Mapping[str, Any], out: str) -> str:
+    """A cross-validation in a few lines."""
+    scans = body["scans"]
+    lines = [f"cross-validation of '{body['name']}', folds {', '.join(map(str, body['folds']))} -> {out}"]
+    for region, rules in body["regions"].items():
+        lines.append(f"out of fold, {region}: {_words(rules['exclude'])}")
+        if rules["exclude"]["states"]["both_empty"]:
+            lines.append(f"  with both-empty as 1: {_words(rules['brats'])}")
+        means = (f"{k}: {_number(f['held_out'][region]['dice_mean'])}" for k, f in _with_region(body, region))
+        lines.append(f"  mean by fold: {', '.join(means)}")
+        for name, regions in body["baselines"].items():
+            lines.append(f"  baseline {name.replace('_', ' ')}: {_words(regions[region]['exclude'])}")
+    lines.append(
+        f"scans: {scans['found']} found, {scans['with_label']} with a label, {scans['held_out']} held out, "
+        f"{scans['scored']} scored, {scans['failed']} failed"
+    )
+    lines += [f"  missing: {m['scan_id']}: {m['reason']}" for m in body["missing"][:MOST_NAMED]]
+    if len(body["missing"]) > MOST_NAMED:
+        lines.append(f"  and {len(body['missing']) - MOST_NAMED} more; {SUMMARY} names them all")
+    if body["selection_biased"]:
+        lines.append("selection_biased: each held-out fold also chose its model's checkpoint")
+    return "\n".join(lines)
+
+
+def _with_region(body: Mapping[str, Any], region: str) -> list[tuple[str, Any]]:
+    return [(fold, figures) for fold, figures in body["per_fold"].items() if region in figures["held_out"]]
+
+
+def _words(s: Mapping[str, Any]) -> str:
+    """One region's figures with their rule, interval and counts."""
+    low_high = s["dice_interval_95"]
+    interval = f" (95 % {low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
+    states = f"missed {s['states']['missed']}, spurious {s['states']['spurious']}, both empty {s['states']['both_empty']}"
+    mean, median = _number(s["dice_mean"]), _number(s["dice_median"])
+    over = f"{s['num_scans']} scans of {s['num_patients']} patients"
+    return f"Dice mean {mean}{interval}, median {median}; {states} ({s['rule']}, {over})"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"

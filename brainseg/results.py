@@ -1,0 +1,75 @@
+"""Results: what a finished command says to a person, from the figures that `--json` gives to a program."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from brainseg.config import TrainConfig
+from brainseg.model import ModelCard
+
+
+def describe_model(card: ModelCard, out: str) -> str:
+    """A trained model in a few lines: its held-out figures and those of the baselines, with their rule."""
+    lines = [f"model '{card.name}' -> {out}"]
+    for region, s in card.metrics.get("held_out", {}).items():
+        lines.append(f"held-out fold, {region}: {_figures(s)} ({s['rule']}, {s['num_scans']} scans)")
+        for name, summaries in card.baselines.items():
+            if region in summaries:
+                lines.append(f"  baseline {name.replace('_', ' ')}: {_figures(summaries[region])}")
+    if card.selection_biased:
+        lines.append("selection_biased: the held-out fold also chose the checkpoint")
+    return "\n".join(lines)
+
+
+def _figures(s: Mapping[str, Any]) -> str:
+    mean, median = (f"{s[k]:.4f}" if s[k] is not None else "none" for k in ("dice_mean", "dice_median"))
+    return f"Dice mean {mean}, median {median}; missed {s['states']['missed']}, spurious {s['states']['spurious']}"
+
+
+def evaluation_lines(s: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> list[str]:
+    """An evaluation in a few lines: denominators, then per split and region the figures with their rule."""
+    c = s["counts"]
+    counted = ", ".join(f"{c[k]} {k}" for k in ("found", "eligible", "segmented", "labelled", "evaluated", "failed"))
+    lines = [f"scans: {counted}; rule {s['rule']}, threshold {_threshold(s)}"]
+    lines += [f"! {line}" for line in s["alerts"]]
+    for group in s["groups"]:
+        for region in group["regions"]:
+            lines.append(f"{group['split']}, {region['region']}: {_region_words(region)}")
+            if group["split"] == s["headline"]:
+                lines += [_baseline_words(b) for b in s["baselines"] if b["region"] == region["region"]]
+    return lines + [_comparison_words(region, c) for region, c in (comparison or {}).items()]
+
+
+def _comparison_words(region: str, c: Mapping[str, Any]) -> str:
+    if c["difference"] is None:
+        return f"against the other run, {region}: no scan that both scored"
+    low, high = c["interval"]
+    interval = "" if low is None else f" (95 % {low:+.4f} to {high:+.4f})"
+    return (
+        f"against the other run, {region}: Dice {c['difference']:+.4f}{interval} over {c['num_pairs']} scans of "
+        f"{c['num_patients']} patients ({c['num_left_out']} left out, both rightly empty), Wilcoxon p {c['wilcoxon_p']:.3g}"
+    )
+
+
+def _threshold(s: Mapping[str, Any]) -> str:
+    threshold = s["runs"][0]["threshold"]
+    return f"{threshold['value']}" + (f" (chosen on {threshold['chosen_on']})" if threshold["chosen_on"] else "")
+
+
+def _region_words(r: Mapping[str, Any]) -> str:
+    low, high = r["dice_interval"]
+    interval = f" (95 % {low:.4f} to {high:.4f})" if isinstance(low, float) and isinstance(high, float) else ""
+    mean, median = (f"{r['dice'][k]:.4f}" if r["dice"][k] is not None else "none" for k in ("mean", "median"))
+    counts = ", ".join(f"{r['states'][k]} {k.replace('_', ' ')}" for k in ("missed", "spurious", "both_empty"))
+    return f"Dice mean {mean}{interval}, median {median} over {r['num_scored']} scans of {r['num_patients']} patients; {counts}"
+
+
+def _baseline_words(b: Mapping[str, Any]) -> str:
+    tumours = "" if b["labelled_mean"] is None else f", {b['labelled_mean']:.4f} where the label is not empty"
+    mean = "none" if b["mean"] is None else f"{b['mean']:.4f}"
+    return f"  baseline {b['name'].replace('_', ' ')}: Dice mean {mean}{tumours}"
+
+
+def recipe_line(p: TrainConfig) -> str:
+    """A recipe by what it eats, what it answers, and how it learns."""
+    eats = f"{p.prepare.size:>4} px  {', '.join(p.modalities) or 'any modality':<22}"
+    return f"{p.name:<16} {eats} {', '.join(p.regions):<12} {p.loss.kind}, {p.optimiser.kind}, {p.epochs} epochs"

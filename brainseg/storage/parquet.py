@@ -1,0 +1,57 @@
+"""Tables: Parquet, written whole and read by column. Built in memory, since a stream that fails half-way still publishes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from brainseg.errors import StorageError
+from brainseg.storage.place import Store, translated
+from brainseg.storage.ranges import RangedFile
+
+RAW_COLUMNS = ("mask", "thumbnail")
+"""Parquet columns that hold files: already compressed, so neither dictionary nor statistics are worth their bytes."""
+
+
+def read_table(store: Store, uri: str, columns: list[str] | None) -> pa.Table:
+    """Return a Parquet table, or only some of its columns. Raises StorageError when torn, or when a column is absent."""
+    with translated("read as Parquet", uri), store.open_table(uri, columns) as source, _opened(source) as file:
+        missing = [c for c in columns or () if c not in file.schema_arrow.names]
+        if missing:
+            raise StorageError(f"{uri} has no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}")
+        if isinstance(source, RangedFile) and columns is not None:
+            source.prefetch(_chunks(file.metadata, frozenset(columns)))
+        return file.read(columns=columns)
+
+
+def _opened(source: Any) -> pq.ParquetFile:
+    return pq.ParquetFile(source, page_checksum_verification=True)
+
+
+def _chunks(metadata: pq.FileMetaData, columns: frozenset[str]) -> Iterator[tuple[int, int]]:
+    """Where the chunks of these columns lie, all row groups of them, as [start, end) in the file."""
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        for chunk in (group.column(i) for i in range(group.num_columns)):
+            if chunk.path_in_schema.split(".")[0] in columns:
+                start = min(p for p in (chunk.dictionary_page_offset, chunk.data_page_offset) if p is not None)
+                yield start, start + chunk.total_compressed_size
+
+
+def write_table(store: Store, uri: str, table: pa.Table, row_group_rows: int) -> None:
+    """Write a Parquet table whole: zstd, page checksums, row groups small enough to fetch a few masks without the rest."""
+    small = _leaf_columns(table.schema)
+    sink = pa.BufferOutputStream()
+    with translated("write as Parquet", uri):
+        how = {"compression": "zstd", "use_dictionary": small, "write_statistics": small, "write_page_checksum": True}
+        pq.write_table(table, sink, row_group_size=row_group_rows, **how)
+    store.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def _leaf_columns(schema: pa.Schema) -> list[str]:
+    """Parquet's own paths of all leaves, such as `regions.list.element.dice`, but those below `RAW_COLUMNS`."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    leaves = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    paths = (str(leaves.column(i).path) for i in range(len(leaves)))
+    return [path for path in paths if path.split(".")[0] not in RAW_COLUMNS]

@@ -1,0 +1,163 @@
+"""Workers: what runs in Ray's processes during a bulk run, a block of scans at a time.
+
+`WholeWay` takes a block all the way to a written part. Where the network has a GPU of its own, `decode_block`, `Forward` and
+`finish_block` share that way out among processes. What happens to a scan is in `stages`; here it is called in an order that
+survives the death of the process: see `inflight`.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+
+from brainseg import inflight, lease, runs, stages, storage
+from brainseg.inflight import Flight
+from brainseg.model import Model, load_model
+from brainseg.stages import Job, Row, Work
+from brainseg.time_limit import TimeLimit
+
+RECEIPT = pa.schema(
+    [
+        ("part", pa.string()),
+        ("ok", pa.int64()),
+        ("failed", pa.list_(pa.string())),
+        ("seconds_decode", pa.float64()),
+        ("seconds_predict", pa.float64()),
+        ("seconds_finish", pa.float64()),
+    ]
+)
+
+
+class WholeWay:
+    """An actor that takes a block of manifest rows all the way to a written part."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.model = ready_model(job)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        rows = block.to_pylist()
+        flight = _flight("whole", rows, self.job)
+        if flight.begin():
+            done = [self._alone(row, flight) for row in rows]
+        else:
+            works = (_decode(row, self.job) for row in rows)
+            done = [stages.finish(w, self.job) for group in stages.in_groups(works) for w in stages.predict(self.model, group)]
+        receipt = _written(self.job, done)
+        flight.end()
+        return receipt
+
+    def _alone(self, row: Row, flight: Flight) -> dict[str, Any]:
+        """One scan of a block over which a process died before."""
+        work = _alone(flight, "decode", row, lambda: _decode(row, self.job))
+        work = _alone(flight, "predict", row, lambda: stages.predict(self.model, [work])[0])
+        return _finish_alone(flight, work, self.job)
+
+
+def decode_block(block: pa.Table, job: Job) -> pa.Table:
+    """A task: manifest rows -> the same with the decoded scans as bytes in a column `work`."""
+    rows = block.to_pylist()
+    flight = _flight("decode", rows, job)
+    if flight.begin():
+        works = [_alone(flight, "decode", row, functools.partial(_decode, row, job)) for row in rows]
+    else:
+        works = [_decode(row, job) for row in rows]
+    packed = pa.array([stages.pack(w) for w in works], pa.large_binary())
+    flight.end()
+    return block.append_column("work", packed)
+
+
+class Forward:
+    """An actor that holds the network and nothing else."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.model = ready_model(job)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        rows, works = _unpacked(block)
+        flight = _flight("predict", rows, self.job)
+        if flight.begin():
+            done = [self._alone(work, flight) for work in works]
+        else:
+            done = [w for group in stages.in_groups(works) for w in stages.predict(self.model, group)]
+        packed = pa.array([stages.pack(w) for w in done], pa.large_binary())
+        flight.end()
+        return block.drop_columns(["work"]).append_column("work", packed)
+
+    def _alone(self, work: Work, flight: Flight) -> Work:
+        return _alone(flight, "predict", work.row, lambda: stages.predict(self.model, [work])[0])
+
+
+def finish_block(block: pa.Table, job: Job) -> pa.Table:
+    """A task: predictions -> a written part; returns its receipt."""
+    rows, works = _unpacked(block)
+    flight = _flight("finish", rows, job)
+    done = [_finish_alone(flight, w, job) for w in works] if flight.begin() else [stages.finish(w, job) for w in works]
+    receipt = _written(job, done)
+    flight.end()
+    return receipt
+
+
+def ready_model(job: Job) -> Model:
+    """The network on this actor's device; one thread where it shares cores with its siblings."""
+    actor = ray.get_runtime_context().get_actor_id() or f"process-{os.getpid()}"
+    inflight.note_start(job.run, actor)
+    on_gpu = bool(ray.get_gpu_ids())
+    if not on_gpu:
+        torch.set_num_threads(1)
+    model = load_model(job.model, job.settings, torch.device("cuda" if on_gpu else "cpu"))
+    inflight.note_ready(job.run, actor)
+    return model
+
+
+def _flight(what: str, rows: Sequence[Row], job: Job) -> Flight:
+    """What this process is about to do. A process in which too many reads hang leaves it to a fresh one: Ray starts that."""
+    if _time_limit(job.scan_seconds).is_worn:
+        os._exit(1)
+    return Flight(job.run, what, [row["scan_id"] for row in rows], job.suspects)
+
+
+@functools.cache
+def _time_limit(seconds: float) -> TimeLimit:
+    """This process's own: a task's process does many tasks, and what hangs in it hangs on."""
+    return TimeLimit(seconds, fatal=True)
+
+
+def _decode(row: Row, job: Job) -> Work:
+    return stages.decode(row, with_label=job.settings.score, limit=_time_limit(job.scan_seconds))
+
+
+def _alone(flight: Flight, stage: str, row: Row, call: Callable[[], Work]) -> Work:
+    return flight.alone(row["scan_id"], stage, call, lambda: stages.lost(row, stage))
+
+
+def _finish_alone(flight: Flight, work: Work, job: Job) -> dict[str, Any]:
+    def give_up() -> dict[str, Any]:
+        return stages.finish(stages.lost(work.row, "finish"), job)
+
+    return flight.alone(work.row["scan_id"], "finish", lambda: stages.finish(work, job), give_up)
+
+
+def _unpacked(block: pa.Table) -> tuple[list[Row], list[Work]]:
+    rows = block.drop_columns(["work"]).to_pylist()
+    return rows, [stages.unpack(data.as_py(), row) for data, row in zip(block["work"], rows, strict=True)]
+
+
+def _written(job: Job, rows: Sequence[Row]) -> pa.Table:
+    """Commit finished rows as a part; the receipt says what is in it. RunError where another driver holds the run by now."""
+    if not rows:
+        return RECEIPT.empty_table()
+    if job.lease:
+        lease.refuse_overtaken(job.run, job.lease)
+    receipt = {
+        "part": storage.name_of(runs.write_part(job.run, rows)),
+        "ok": sum(r["status"] == "ok" for r in rows),
+        "failed": [f"{r['error_code']} {r['error_message']}" for r in rows if r["status"] == "failed"],
+        **{f"seconds_{s}": sum(r[f"seconds_{s}"] for r in rows) for s in ("decode", "predict", "finish")},
+    }
+    return pa.Table.from_pylist([receipt], schema=RECEIPT)

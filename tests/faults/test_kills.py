@@ -1,0 +1,171 @@
+"""Kills: whatever process of a bulk run dies, and whenever, nothing is lost, doubled or half-written, and the answer is the same.
+
+    pytest -m slow tests/faults/test_kills.py -s        a hundred kills at random moments, with a table of what came of them
+
+The processes are real: `brainseg segment` on a local Ray of its own, SIGKILL from outside.
+"""
+
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from faults import victims
+from faults.cohort import Cohort, make_cohort
+from faults.victims import Driver
+
+from brainseg import runs, segment, storage
+from brainseg.errors import ExitCode
+
+KINDS = ("actor", "decode", "writer", "raylet", "driver")
+ENDS_THE_DRIVER = ("raylet", "driver")
+LONG_KILLS = 100
+START_S = 180.0
+"""A driver that has not come up by then never will; generous, because tests share a machine."""
+
+
+@dataclass
+class Tally:
+    """What the kills of one kind did."""
+
+    kills: int = 0
+    kept: int = 0
+    redone: int = 0
+    lost: int = 0
+    doubled: int = 0
+
+
+@dataclass
+class Campaign:
+    """Runs over one cohort, driver after driver, until every planned victim is dead and the last run is finished."""
+
+    cohort: Cohort
+    folder: Path
+    rng: random.Random
+    plan: str
+    tallies: dict[str, Tally] = field(default_factory=lambda: {kind: Tally() for kind in KINDS})
+    num_runs: int = 0
+    num_drivers: int = 0
+    strays: set[int] = field(default_factory=set)
+
+    def go(self, planned: list[str]) -> None:
+        while planned:
+            self.num_runs += 1
+            self._one_run(str(self.folder / f"run-{self.num_runs}"), planned)
+
+    def _one_run(self, run: str, planned: list[str]) -> None:
+        """Drive one run to its end, killing as planned on the way; then compare it with the undisturbed one."""
+        promised: list[tuple[str, dict[str, object]]] = []
+        while not storage.exists(storage.join(run, runs.SUCCESS_FILE)):
+            driver = victims.start(
+                self.cohort.manifest, self.cohort.model, run, self.folder, "--plan", self.plan, "--actors", "1"
+            )
+            self.num_drivers += 1
+            died_by = self._disturb(driver, run, planned, promised)
+            code = driver.process.wait(timeout=START_S)
+            _check_end(driver, code, died_by)
+        self._compare(run, promised)
+
+    def _disturb(
+        self, driver: Driver, run: str, planned: list[str], promised: list[tuple[str, dict[str, object]]]
+    ) -> str | None:
+        """Kill one victim after the other until the driver ends; returns what ended it, None for the end of its work."""
+        _wait_for_work(driver, run)
+        while planned and driver.lives():
+            kind = planned[0]
+            self.strays.update(victims.processes_below(driver.pid))
+            if not victims.kill_one(driver, kind, run, self.rng):
+                continue
+            planned.pop(0)
+            done = {scan: rows[0][3] for scan, rows in victims.rows_of(run).items()}
+            promised.append((kind, done))
+            self.tallies[kind].kills += 1
+            self.tallies[kind].kept += len(done)
+            if kind in ENDS_THE_DRIVER:
+                return kind
+        return None
+
+    def _compare(self, run: str, promised: list[tuple[str, dict[str, object]]]) -> None:
+        """Every scan exactly once, as in the undisturbed run; what was done when somebody was killed is still that row."""
+        rows = victims.rows_of(run)
+        for kind, done in promised:
+            tally = self.tallies[kind]
+            tally.redone += sum(rows.get(scan, [(0, 0, 0, None)])[0][3] != when for scan, when in done.items())
+            tally.lost += len(self.cohort.undisturbed.keys() - rows.keys())
+            tally.doubled += sum(len(same) > 1 for same in rows.values())
+        assert {scan: row[:3] for scan, (row, *_) in rows.items()} == self.cohort.undisturbed
+        assert segment.verify_run(run) == []
+        assert not storage.is_dir(storage.join(run, "inflight"))
+
+    def table(self) -> str:
+        lines = ["victim   kills  scans kept  redone  lost  doubled"]
+        lines += [f"{k:8} {t.kills:5} {t.kept:11} {t.redone:7} {t.lost:5} {t.doubled:8}" for k, t in self.tallies.items()]
+        return "\n".join([*lines, f"{self.num_runs} runs, {self.num_drivers} drivers"])
+
+
+def _wait_for_work(driver: Driver, run: str) -> None:
+    """Until the driver has opened the run: a kill before that finds nothing that could be lost."""
+    deadline = time.monotonic() + START_S
+    while driver.lives() and not victims.find(driver, "actor"):
+        assert time.monotonic() < deadline, driver.lines()
+        time.sleep(0.05)
+
+
+def _check_end(driver: Driver, code: int, died_by: str | None) -> None:
+    """A driver ends as it should: its work done, killed, or with one clear line when its Ray died."""
+    if died_by == "driver":
+        assert code == -9
+    elif died_by == "raylet":
+        assert code == ExitCode.CRASH, driver.lines()
+        assert sum(line.startswith("brainseg: ") for line in driver.lines()) == 1, driver.lines()
+    else:
+        assert code == ExitCode.SOME_FAILED, driver.lines()
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """A place with a short name: Ray's sockets lie below it."""
+    place = Path(tempfile.mkdtemp(prefix="k"))
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def assert_all_gone(pids: set[int]) -> None:
+    """No process that a driver started outlives it for long."""
+    deadline = time.monotonic() + 30
+    while left := {pid for pid in pids if victims.processes_below(1).get(pid, "").startswith("ray::")}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def test_a_run_survives_the_death_of_each_of_its_processes(folder: Path) -> None:
+    campaign = Campaign(make_cohort(folder, 60), folder, random.Random(0), "apart")
+    campaign.go(["actor", "decode", "writer", "raylet", "driver"])
+    print(campaign.table())
+    assert [t.kills for t in campaign.tallies.values()] == [1] * len(KINDS)
+    assert [(t.redone, t.lost, t.doubled) for t in campaign.tallies.values()] == [(0, 0, 0)] * len(KINDS)
+    assert_all_gone(campaign.strays)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("plan", ["apart", "fused"])
+def test_a_hundred_kills_lose_nothing(folder: Path, plan: str) -> None:
+    kinds = KINDS if plan == "apart" else [k for k in KINDS if k != "decode"]
+    planned = [kind for kind in kinds for _ in range(LONG_KILLS // (2 * len(kinds)) + 1)]
+    rng = random.Random(plan)
+    rng.shuffle(planned)
+    place = folder / plan
+    place.mkdir()
+    campaign = Campaign(make_cohort(place, 240), place, rng, plan)
+    expected = Counter(planned)
+    campaign.go(planned)
+    print(f"\nplan {plan}\n{campaign.table()}")
+    assert {kind: t.kills for kind, t in campaign.tallies.items() if t.kills} == expected
+    assert all((t.redone, t.lost, t.doubled) == (0, 0, 0) for t in campaign.tallies.values())
+    assert_all_gone(campaign.strays)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from brainseg import commands, storage
+from brainseg.aggregate import Rule
 from brainseg.config import Config, build
 from brainseg.environment import prepare_environment
 from brainseg.errors import BrainsegError, ConfigError, ExitCode, UsageError
@@ -44,6 +45,8 @@ class TrainSpec(Config):
     fold: Annotated[int | None, Field(ge=0, description="the fold kept back and reported on")] = None
     workers: Annotated[int | None, Field(ge=1, description="null: one per GPU, or one")] = None
     accept_leakage: bool = False
+    cv: Annotated[bool, Field(description="keep every fold back in turn, or those of `folds`; `out` gets a model each")] = False
+    folds: Annotated[str | None, Field(description="with cv: only these, such as 0,2")] = None
 
 
 class SegmentSpec(Config):
@@ -74,6 +77,7 @@ class ReportSpec(Config):
 
     runs: Annotated[tuple[Place, ...], Field(min_length=1, description="finished runs")]
     out: Annotated[Place | None, Field(description="the page; null: report.html in the first run")] = None
+    rule: Annotated[Rule, Field(description="what becomes of scans where label and prediction are both empty")] = "exclude"
 
 
 def read_spec(kind: type[S], path: str) -> S:

@@ -10,7 +10,7 @@ from brainseg.specs import ReportSpec, run
 
 def report(spec: ReportSpec) -> ExitCode:
     """Write the page; it needs the runs alone, neither archive nor model nor GPU."""
-    commands.report(spec.runs, spec.out, Voice())
+    commands.report(spec.runs, spec.out, Voice(), rule=spec.rule)
     return ExitCode.OK
 
 

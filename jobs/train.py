@@ -9,7 +9,7 @@ from brainseg.specs import TrainSpec, run
 
 
 def train(spec: TrainSpec) -> ExitCode:
-    """Build the recipe, train, and say what the model scores on the patients kept back."""
+    """Build the recipe, train, and say what the model or models score on the patients kept back."""
     recipe = commands.recipe(
         spec.manifest,
         preset=spec.preset,
@@ -18,7 +18,11 @@ def train(spec: TrainSpec) -> ExitCode:
         fold=spec.fold,
         accept_leakage=spec.accept_leakage,
     )
-    commands.train(spec.manifest, spec.out, recipe, Voice(), workers=spec.workers)
+    folds = commands.picked_folds(spec.cv, spec.folds, spec.fold)
+    if spec.cv:
+        commands.cross_validate(spec.manifest, spec.out, recipe, Voice(), folds=folds, workers=spec.workers)
+    else:
+        commands.train(spec.manifest, spec.out, recipe, Voice(), workers=spec.workers)
     return ExitCode.OK
 
 

@@ -6,6 +6,7 @@ grid, holding prepared slices in memory where they fit and reading through memor
 """
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from brainseg import storage
 from brainseg.config import TrainConfig
-from brainseg.errors import Code, ScanError
+from brainseg.errors import Code, ScanError, StorageError, one_line
 from brainseg.geometry import to_canonical
 from brainseg.prepare import (
     Plan,
@@ -60,9 +61,23 @@ class Entry:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "Entry":
-        c, d, h, w = body["shape"]
-        fields = {**body, "shape": (c, d, h, w), "plan": Plan.from_json(body["plan"]), "foreground": tuple(body["foreground"])}
-        return cls(**fields)
+        """Undo `to_json`. StorageError where it is no entry: an index lies where others may write."""
+        try:
+            c, d, h, w = body["shape"]
+            plan, foreground = Plan.from_json(body["plan"]), tuple(body["foreground"])
+            entry = cls(**{**body, "shape": (c, d, h, w), "plan": plan, "foreground": foreground})
+            is_sound = entry._is_sound()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StorageError("the index of the decoded scans holds what is no entry") from error
+        if not is_sound:
+            raise StorageError(f"the index of the decoded scans holds an entry that cannot be: {one_line(entry.scan_id)[:100]}")
+        return entry
+
+    def _is_sound(self) -> bool:
+        """Whether a file can be called by the digest, and voxels be taken from the shard as they are."""
+        numbers = (self.offset, *self.foreground, *(n - 1 for n in self.shape))
+        plain = all(isinstance(n, int) and 0 <= n < 2**48 for n in numbers) and isinstance(self.shard, str)
+        return plain and re.fullmatch("[0-9a-f]{64}", self.digest) is not None and np.dtype(self.dtype).kind in "biuf"
 
 
 def region_bits(scan: Scan, names: Sequence[str], meaning: LabelMap) -> NDArray[np.uint8]:
@@ -194,5 +209,8 @@ def local_copy(uri: str, digest: str) -> Path:
         return Path(uri)
     target = Path(tempfile.gettempdir()) / "brainseg-cache" / f"{digest}.bin"
     if not target.exists():
-        storage.write_bytes(str(target), storage.read_bytes(uri))
+        data = storage.read_bytes(uri)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise StorageError(f"{uri}: the decoded scans are not those that the index names")
+        storage.write_bytes(str(target), data)
     return target

@@ -11,7 +11,7 @@ import typer
 
 from brainseg import __version__
 from brainseg.environment import prepare_environment
-from brainseg.errors import BrainsegError, ExitCode, UsageError
+from brainseg.errors import BrainsegError, ExitCode, UsageError, one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -246,6 +246,23 @@ def verify(run: Annotated[str, typer.Argument(help="A run folder.")], json_: Jso
 
 
 @app.command()
+def clean(
+    run: Annotated[str, typer.Argument(help="A run folder; or OUT.work of a training that shall not go on.")],
+    older_than: Annotated[
+        str, typer.Option(help="How old a temporary file or an upload must be: 90s, 30m, 1h, 2d. Younger ones may be at work.")
+    ] = "1h",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove what interrupted jobs left in a run: temporary files, unended uploads, parts set aside. Never a result."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    commands.clean(run, older_than, Voice(quiet=quiet, as_json=json_), dry_run=dry_run)
+
+
+@app.command()
 def presets(json_: Json = False) -> None:
     """List the training recipes that ship."""
     from brainseg import commands
@@ -293,7 +310,7 @@ def main() -> None:
         app(standalone_mode=True)
     except BrainsegError as error:
         hint = "\nRun with --help for the words it knows." if type(error) is UsageError else ""
-        sys.stderr.write(f"brainseg: {' '.join(str(error).split())}{hint}\n")
+        sys.stderr.write(f"brainseg: {one_line(str(error))}{hint}\n")
         sys.exit(error.exit_code)
 
 

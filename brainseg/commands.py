@@ -102,9 +102,10 @@ def _default_preset(manifest: str) -> str:
 
 def train(manifest: str, out: str, config: TrainConfig, voice: Voice, *, workers: int | None = None) -> ModelCard:
     """Train and say what the model scores on the patients kept back, beside its baselines."""
+    source, place = _source(manifest), _target(out)
     from brainseg.train import train_model
 
-    card = train_model(_source(manifest), _target(out), config, workers=workers, say=voice.say)
+    card = train_model(source, place, config, workers=workers, say=voice.say)
     voice.result(
         {"model": out, "metrics": card.metrics, "baselines": card.baselines, "training": card.training},
         describe_model(card, out),
@@ -136,9 +137,9 @@ def cross_validate(
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Train the folds and say what their models score on the scans that each kept back."""
+    source, place = _source(manifest), _target(out)
     from brainseg import cross_validation
 
-    source, place = _source(manifest), _target(out)
     body = cross_validation.cross_validate(source, place, config, folds=folds, workers=workers, say=voice.say)
     voice.result({"models": out, **body}, cross_validation.describe(body, out))
     return body
@@ -146,10 +147,10 @@ def cross_validate(
 
 def segment(source: str, model: str, out: str, voice: Voice, how: How, assignments: Sequence[str] = ()) -> dict[str, int]:
     """Bulk-segment and say the counts."""
-    from brainseg.segment import Ear, segment_archive
-
     settings = build(SegmentConfig, override({}, assignments), "segment")
     places = [_source(source), _source(model), _target(out)]
+    from brainseg.segment import Ear, segment_archive
+
     with voice.bar("segment") as bar:
         ear = Ear(voice.say, lambda p: bar.update(p.done, p.total, p.line()))
         counts = segment_archive(places[0], places[1], places[2], settings, how, ear)
@@ -218,17 +219,34 @@ def export(run: str, out: str, format_: Literal["nifti", "png"], voice: Voice) -
 
 
 def verify(run: str, voice: Voice) -> list[str]:
-    """Check a run and say what is wrong, if anything."""
-    from brainseg.segment import verify_run
+    """Check a run and say what is wrong, if anything; leftovers are named besides, being no part of the run."""
+    from brainseg.clean import litter_of_run
+    from brainseg.verify import verify_run
 
     place = _source(run)
     if not storage.exists(storage.join(place, "run.json")):
         raise PreflightError(f"{run} is not a run folder: it has no run.json")
-    problems = verify_run(place)
-    voice.result(
-        {"run": run, "problems": problems}, "\n".join(problems) or f"{run}: every scan exactly once, every mask as hashed"
-    )
+    problems, left = verify_run(place), [one.uri for one in litter_of_run(place, 0)]
+    for uri in left:
+        voice.say(f"leftover, which `brainseg clean {run}` removes: {uri}")
+    well = f"{run}: every scan exactly once, every mask as hashed, every byte as sealed"
+    voice.result({"run": run, "problems": problems, "leftovers": left}, "\n".join(problems) or well)
     return problems
+
+
+def clean(run: str, older_than: str, voice: Voice, *, dry_run: bool) -> int:
+    """Remove what interrupted jobs left, or say what would go; returns how many things that were."""
+    from brainseg.clean import clean_run, seconds_of
+
+    age_s = seconds_of(older_than)
+    litter = clean_run(_source(run), older_than_s=age_s, dry_run=dry_run)
+    for one in litter:
+        voice.say(one.line())
+    listed = [{"uri": one.uri, "why": one.why, "size_bytes": one.size_bytes} for one in litter]
+    size, did = sum(one.size_bytes for one in litter), "would remove" if dry_run else "removed"
+    said = f"{did} {len(litter)} leftover(s), {size / 1e6:.1f} MB, from {run}"
+    voice.result({"run": run, "dry_run": dry_run, "litter": listed}, said)
+    return len(litter)
 
 
 def presets(voice: Voice) -> None:

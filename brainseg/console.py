@@ -1,7 +1,8 @@
 """Console: what a person sees while a job runs, and what a program reads when it ends.
 
 Messages go to stderr, results to stdout, so that `--json` output can be piped. On a terminal progress is a bar; elsewhere
-it is a line every 30 seconds.
+it is a line every 30 seconds. Names come from strangers' archives: a line stays one line, and what would steer a terminal is
+shown escaped.
 """
 
 import json
@@ -13,6 +14,8 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from brainseg.errors import visible
 
 LINE_EVERY_S = 30.0
 
@@ -28,14 +31,14 @@ class Voice:
     def say(self, text: str) -> None:
         """One line for a person."""
         if not self.quiet:
-            self.err.print(text, markup=False)
+            self.err.print(visible(text.replace("\n", " ")), markup=False)
 
     def result(self, body: Mapping[str, Any], text: str) -> None:
         """The outcome: JSON for a program, or text for a person."""
         if self.as_json:
             sys.stdout.write(json.dumps(body, indent=2, default=str) + "\n")
         elif not self.quiet:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write("\n".join(map(visible, text.split("\n"))) + "\n")
         sys.stdout.flush()
 
     def bar(self, what: str) -> "Bar":

@@ -10,24 +10,25 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ray.train
 import ray.train.torch
 import torch
-from safetensors.torch import load as load_tensors
+from pydantic import Field, ValidationError
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from brainseg import cache, learn, manifest, storage
-from brainseg.config import SegmentConfig
-from brainseg.errors import BrainsegError, Code, ScanError, StorageError
+from brainseg.config import Config, LesionPreset, SegmentConfig
+from brainseg.errors import BrainsegError, Code, ScanError, StorageError, one_line
 from brainseg.held_out import baselines_table, figures, metrics_table
 from brainseg.model import Model, ModelCard
 from brainseg.prepare import select_modalities
 from brainseg.scans import Scan, load_scan
 from brainseg.scoring import mean_dice, segment_and_score
 from brainseg.unet import UNet
+from brainseg.weights import MOST_BYTES, read_json, read_limited, tensors_of
 
 HELD_OUT_FILE = "held_out.parquet"
 BASELINES_FILE = "baselines.parquet"
@@ -62,8 +63,8 @@ class Shelf:
         self._kept: dict[int, Scan | None] = {}
         self._bytes = 0
 
-    def scored(self, model: Model) -> list[dict[str, Any]]:
-        """Segment and score every readable scan, a few at a time."""
+    def scored(self, model: Model, *, lesions: LesionPreset | None = None) -> list[dict[str, Any]]:
+        """Segment and score every readable scan, a few at a time; lesion by lesion only where a preset is named."""
         out: list[dict[str, Any]] = []
         for start in range(0, len(self.rows), SCANS_PER_PREDICT):
             found = [
@@ -72,7 +73,7 @@ class Shelf:
                 if (scan := self._get(i))
             ]
             if found:
-                out += segment_and_score(model, [s for s, _ in found], [r for _, r in found])
+                out += segment_and_score(model, [s for s, _ in found], [r for _, r in found], lesions=lesions)
         return out
 
     def _get(self, number: int) -> Scan | None:
@@ -93,6 +94,35 @@ class Shelf:
             self.failures[row["scan_id"]] = {"scan_id": row["scan_id"], "code": str(code), "message": str(error)}
             return None
         return scan
+
+
+class TrainingState(Config):
+    """What `state.json` of a checkpoint must hold."""
+
+    epoch: Annotated[int, Field(ge=0)]
+    best_dice: float
+    best_epoch: Annotated[int, Field(ge=-1)]
+    stale: Annotated[int, Field(ge=0)]
+    log: list[dict[str, Annotated[float, Field(allow_inf_nan=True)] | None]]
+    elapsed_s: Annotated[float, Field(ge=0)]
+
+
+def restored(folder: str, learner: learn.Learner, work: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Put a checkpoint's tensors back into the learner; returns the best weights and what `state.json` holds.
+
+    BrainsegError, and nothing put back, where the checkpoint is damaged or was made for something else.
+    """
+    tensors, text = Path(folder) / "state.safetensors", Path(folder) / "state.json"
+    try:
+        state: dict[str, Any] = read_json(str(text), finite=False)
+        TrainingState.model_validate(state)
+        # A state holds the weights three times, and two moments of each
+        best = learn.restore(learner, tensors_of(read_limited(str(tensors), 5 * MOST_BYTES), tensors.name))
+    except (BrainsegError, ValidationError) as error:
+        reason = one_line(str(error).replace(folder, ""))[:300]
+        way = f"remove {work} (`brainseg clean {work} --older-than 0s`) and train anew"
+        raise BrainsegError(f"the checkpoint cannot be used: {reason}; {way}") from error
+    return best, state
 
 
 class Course:
@@ -178,9 +208,7 @@ class Course:
         if checkpoint is None:
             return
         with checkpoint.as_directory() as folder:
-            tensors = load_tensors((Path(folder) / "state.safetensors").read_bytes())
-            self.state = json.loads((Path(folder) / "state.json").read_text())
-        best = learn.restore(self.learner, tensors)
+            best, self.state = restored(folder, self.learner, self.work)
         self.best = {k: v.to(self.learner.device) for k, v in best.items()}
 
     def _measure(self) -> None:
@@ -188,7 +216,7 @@ class Course:
         self.validated.network.load_state_dict(self.best)
         rows = manifest.read_manifest(storage.join(self.work, "test.parquet")).to_pylist()
         mine = Shelf(rows[self.learner.worker.rank :: self.learner.worker.count], self.card.modalities)
-        scored = self._gather(mine.scored(self.validated))
+        scored = self._gather(mine.scored(self.validated, lesions=SegmentConfig().lesion_preset))
         failed = self._gather(list(mine.failures.values()))
         if self.learner.worker.rank == 0:
             storage.write_bytes(

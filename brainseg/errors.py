@@ -97,10 +97,13 @@ MAX_LINE = 2000
 
 def one_line(text: str) -> str:
     """Text as one line that is safe in a terminal, a log, JSON and Parquet: control characters and odd bytes escaped."""
-    line = " ".join(text.split())
-    if not line.isprintable():
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    line = visible(" ".join(text.split()))
     return line if len(line) <= MAX_LINE else line[: MAX_LINE - 3] + "..."
+
+
+def visible(line: str) -> str:
+    """A line as it can be shown: control characters, escape sequences and marks that turn text round appear as `\\x1b`."""
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 class BrainsegError(Exception):

@@ -106,6 +106,7 @@ def evaluate_run(
             "nearest_mask": None
             if memory is None
             else {"known_scans": memory.num_scans, "training_scans": memory.num_training},
+            "files": runs.seals(run, [runs.METRICS_FILE, runs.BASELINES_FILE]),
         }
         storage.write_json(storage.join(run, runs.EVALUATION_FILE), body)
     return body

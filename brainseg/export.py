@@ -6,6 +6,7 @@ mask lies on slice k of the image; a scan of one slice is `<scan_id>.png`. PNG v
 only background and tumour, so that a viewer shows something; the label values themselves otherwise.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -26,8 +27,10 @@ Layout = Literal["plain"]
 Row = Mapping[str, Any]
 COLUMNS = ["scan_id", "status", "label_map", "mask", "mask_encoding", "mask_sha256"]
 ROWS_AT_ONCE = 32
-UNSAFE = re.compile(r"[^\w .()+=,-]|^[. ~-]|[. ]$|\A(?:con|prn|aux|nul|com\d|lpt\d)(?=\.|\Z)", re.IGNORECASE)
+UNSAFE = re.compile(r"[^\w .()+=,-]|^[. ~=-]|[. ]$|\A(?:con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³])(?=\s*(?:\.|\Z))", re.IGNORECASE)
 """What does not go into a file name as it is: separators, control characters, leading dots, names that Windows reserves."""
+MOST_NAME_BYTES = 180
+"""Of a mask's file name, which file systems limit to 255 bytes: number of the slice and ending come on top."""
 
 
 def export_run(run_uri: str, out: str, *, format: Format = "nifti", layout: Layout = "plain") -> int:  # noqa: A002 - the option's own word
@@ -43,12 +46,36 @@ def export_run(run_uri: str, out: str, *, format: Format = "nifti", layout: Layo
     run_uri, out = storage.absolute(run_uri), storage.absolute(out)
     meaning = _model_label_map(run_uri)
     write = _WRITERS[format]
+    names = _Names(with_slices=format == "png")
     done: set[str] = set()
     for row in _segmented(run_uri):
         if row["scan_id"] not in done:
-            write(out, row, meaning or row["label_map"])
             done.add(row["scan_id"])
+            write(storage.join(out, names.of(row["scan_id"])), row, meaning or row["label_map"])
     return len(done)
+
+
+class _Names:
+    """The names given so far, so that no scan's files replace another's, also where upper and lower case are the same."""
+
+    def __init__(self, *, with_slices: bool) -> None:
+        self.with_slices = with_slices
+        self.stems: set[str] = set()
+        self.trunks: set[str] = set()
+        """Names without the number that they end in: slice 3 of `a` is called like a scan `a_3`."""
+
+    def of(self, scan_id: str) -> str:
+        """The name of a scan's files, without their ending."""
+        stem = file_name(scan_id)
+        folded = stem.casefold()
+        trunk, _, number = folded.rpartition("_")
+        is_numbered = self.with_slices and number.isdecimal()
+        if folded in self.stems or folded in self.trunks or (is_numbered and trunk in self.stems):
+            return _marked(stem, scan_id)
+        self.stems.add(folded)
+        if is_numbered:
+            self.trunks.add(trunk)
+        return stem
 
 
 def _model_label_map(run_uri: str) -> str | None:
@@ -73,23 +100,38 @@ def _segmented(run_uri: str) -> Iterator[Row]:
 
 
 def file_name(scan_id: str) -> str:
-    """A scan's id as a file name on any system; what is unsafe becomes %XX. Different ids keep different names."""
-    return UNSAFE.sub(lambda found: "".join(f"%{byte:02X}" for byte in found.group().encode()), scan_id) or "%"
+    """A scan's id as a file name on any system; what is unsafe becomes %XX. Different ids keep different names.
+
+    Two that differ in upper and lower case alone are told apart by `export_run`.
+    """
+    quoted = UNSAFE.sub(lambda found: "".join(f"%{byte:02X}" for byte in _bytes(found.group())), scan_id)
+    if len(quoted.encode()) > MOST_NAME_BYTES:
+        return _marked(quoted, scan_id)
+    return quoted or "%"
 
 
-def _write_nifti(out: str, row: Row, meaning: str) -> None:
+def _marked(stem: str, scan_id: str) -> str:
+    """The beginning of a name and a digest of the id. No quoted name holds two % together."""
+    start = stem.encode()[: MOST_NAME_BYTES - 34].decode("utf-8", "ignore").rstrip("%. ")
+    return f"{start}%%{hashlib.sha256(_bytes(scan_id)).hexdigest()[:32]}"
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _write_nifti(stem: str, row: Row, meaning: str) -> None:
     data = row["mask"]
     if row["mask_encoding"] == "png":
         mask = decode_mask(row)
         data = write_nifti(mask, Grid.of(mask.shape))
-    storage.write_bytes(storage.join(out, f"{file_name(row['scan_id'])}.nii.gz"), data)
+    storage.write_bytes(f"{stem}.nii.gz", data)
 
 
-def _write_pngs(out: str, row: Row, meaning: str) -> None:
-    mask, stem = _visible(decode_mask(row), meaning), file_name(row["scan_id"])
-    names = slice_names(stem, len(mask))
-    for name, plane in zip(names, mask, strict=True):
-        storage.write_bytes(storage.join(out, name), write_png(np.ascontiguousarray(plane)))
+def _write_pngs(stem: str, row: Row, meaning: str) -> None:
+    mask = _visible(decode_mask(row), meaning)
+    for name, plane in zip(slice_names(stem, len(mask)), mask, strict=True):
+        storage.write_bytes(name, write_png(np.ascontiguousarray(plane)))
 
 
 def slice_names(stem: str, depth: int) -> Sequence[str]:

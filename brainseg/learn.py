@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from brainseg.augment import apply, draw
 from brainseg.cache import SampleSet
 from brainseg.config import OptimiserConfig, TrainConfig
-from brainseg.errors import PreflightError
+from brainseg.errors import PreflightError, one_line
 from brainseg.losses import Share, loss_of
 from brainseg.model import has_fast_bf16
 from brainseg.unet import UNet
+from brainseg.weights import check_fit
 
 
 @dataclass(frozen=True)
@@ -189,22 +190,36 @@ def state_tensors(learner: Learner, best: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def restore(learner: Learner, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put a saved state back; returns the best weights so far."""
-    part = _parts(tensors)
+    """Put a saved state back; returns the best weights so far. PreflightError, and nothing put back, where it does not fit."""
+    part, wanted = _parts(tensors), learner.network.state_dict()
+    for name in ("network", "averaged", "best"):
+        check_fit(part.get(name, {}), wanted, name)
+    state = _optimiser_state(learner, part.get("optimiser", {}))
     learner.network.load_state_dict(part["network"])
     for name, value in part["averaged"].items():
         learner.averaged[name].copy_(value)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in part.get("optimiser", {}).items():
-        number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = value
     learner.optimiser.load_state_dict({**learner.optimiser.state_dict(), "state": state})
     return part["best"]
+
+
+def _optimiser_state(learner: Learner, named: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Tensors `N.key` by parameter: moments are shaped as their parameter, the count of steps is one number."""
+    parameters = list(learner.network.parameters())
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in named.items():
+        number, _, key = name.partition(".")
+        fits = number.isdecimal() and int(number) < len(parameters) and key in ("step", "exp_avg", "exp_avg_sq")
+        if not fits or value.shape != (parameters[int(number)].shape if key != "step" else ()):
+            raise PreflightError(f"optimiser: {one_line(name)[:100]} {list(value.shape)} belongs to no parameter")
+        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise PreflightError(f"optimiser: {one_line(name)[:100]} holds what is no number")
+        state.setdefault(int(number), {})[key] = value
+    return state
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     out: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        part, rest = name.split(".", 1)
+        part, _, rest = name.partition(".")
         out.setdefault(part, {})[rest] = value
     return out

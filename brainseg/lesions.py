@@ -165,10 +165,11 @@ class Match:
     def _pairs(self, pair: Pair) -> Iterator[Pair]:
         """For each found lesion its surface and that of the components that reach it.
 
-        Components never share a face, so the surface of some of them is theirs in the surface of all.
+        Components never share a face, so the surface of some of them is theirs in the surface of all. What a lesion's surface
+        shares with the prediction it shares with a component that reaches it; the other way round it may be another lesion's.
         """
         lesion_here, lesion_there = (self.ids.ravel()[side.index] for side in (pair.label, pair.prediction))
-        part_here, part_there = (self.prediction.at(side.index) for side in (pair.label, pair.prediction))
+        part_there = self.prediction.at(pair.prediction.index)
         for lesion in np.flatnonzero(self.found) + 1:
             chosen = np.zeros(self.prediction.num + 1, np.bool_)
             chosen[self.reached[self.reached[:, 0] == lesion, 1]] = True
@@ -176,9 +177,8 @@ class Match:
             if here.all() and there.all():
                 yield pair  # whose distances are known
                 continue
-            label = pair.label.part(here, chosen[part_here])
-            prediction = pair.prediction.part(there, lesion_there == lesion)
-            yield replace(pair, label=label, prediction=prediction)
+            answer = replace(pair.prediction, shared=pair.prediction.shared & (lesion_there == lesion))
+            yield replace(pair, label=pair.label.part(here), prediction=answer.part(there))
 
 
 def match_lesions(label: Components, prediction: Components, rule: LesionRule) -> Match:

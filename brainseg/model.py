@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from brainseg import storage
 from brainseg.config import Config, NetworkConfig, PrepareConfig, SegmentConfig, TrainConfig
-from brainseg.errors import PreflightError, StorageError
+from brainseg.errors import Code, ConfigError, PreflightError, ScanError, StorageError, one_line
 from brainseg.prepare import (
     Plan,
     canonical_box,
@@ -38,9 +36,12 @@ from brainseg.prepare import (
 from brainseg.regions import label_map
 from brainseg.scans import Scan
 from brainseg.unet import UNet
+from brainseg.weights import MOST_BYTES, blueprint, check_fit, read_json, read_limited, tensors_of
 
 CARD = "model.json"
 WEIGHTS = "weights.safetensors"
+MOST_CHANNELS = 64
+"""Modalities, regions, and letters of the name of either."""
 PIXELS_PER_FORWARD = {"cpu": 16 * 128 * 128, "cuda": 512 * 128 * 128}
 """How many model-grid pixels go through the network at once: on a CPU what fits its caches, on a GPU what fills it."""
 
@@ -111,6 +112,7 @@ class Model:
         self.settings = settings
         self.network: UNet = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = inference_dtype(settings.precision, device)
+        self.pixels_per_forward = PIXELS_PER_FORWARD[device.type]
 
     @torch.inference_mode()
     def predict(self, scans: Sequence[Scan]) -> list[Prediction]:
@@ -150,15 +152,21 @@ class Model:
         return model_slices(to_tensor(raw, self.device), plan)
 
     def _forward(self, slices: Tensor) -> Tensor:
-        """Region probabilities `(N, R, S, S)` of model slices `(N, K*C, S, S)`; halves the batch when memory runs out."""
-        step = max(1, PIXELS_PER_FORWARD[self.device.type] // (slices.shape[2] * slices.shape[3]))
+        """Region probabilities `(N, R, S, S)` of model slices `(N, K*C, S, S)`; halves the batch when memory runs out.
+
+        What fitted is remembered, so that the next scans do not run out of memory first.
+        """
+        size = slices.shape[2] * slices.shape[3]
         while True:
+            step = max(1, min(self.pixels_per_forward // size, len(slices)))
             try:
                 return torch.cat([self._probabilities(chunk) for chunk in torch.split(slices, step)])
             except torch.OutOfMemoryError:
                 if step == 1:
                     raise
-                step //= 2
+                self.pixels_per_forward = step // 2 * size
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _probabilities(self, chunk: Tensor) -> Tensor:
         chunk = chunk.contiguous(memory_format=torch.channels_last)
@@ -170,7 +178,12 @@ class Model:
         return probability
 
     def _finish(self, scan: Scan, probability: Tensor) -> Prediction:
-        """Threshold `(R, D, h, w)`, paint, and put back on the native grid."""
+        """Threshold `(R, D, h, w)`, paint, and put back on the native grid.
+
+        ScanError NON_FINITE where an answer is no number: over no threshold, it would look like a scan without a tumour.
+        """
+        if not bool(torch.isfinite(probability).all()):
+            raise ScanError(Code.NON_FINITE, f"{scan.scan_id}: the network answered with what is no number")
         threshold = self.settings.threshold
         assert isinstance(threshold, float), "`resolved` comes before"
         painted = self.paint(probability, threshold)
@@ -248,15 +261,36 @@ def save_card(uri: str, card: ModelCard) -> None:
 
 def load_card(uri: str) -> ModelCard:
     """Read a model's card; PreflightError says what is wrong with the folder."""
+    where = f"{uri}/{CARD}"
     try:
-        body = storage.read_json(storage.join(uri, CARD))
+        body = read_json(storage.join(uri, CARD))
     except StorageError as error:
         raise PreflightError(f"{uri}: not a model folder ({error})") from error
     try:
-        return ModelCard.model_validate(body)
+        card = ModelCard.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
-        raise PreflightError(f"{uri}/{CARD}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        said = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        raise PreflightError(f"{where}: {said[:300]}") from error
+    _check_card(card, where)
+    return card
+
+
+def _check_card(card: ModelCard, where: str) -> None:
+    """PreflightError where no network could be rebuilt from the card, or its answers not be written down."""
+    try:
+        label_map(card.label_map).masks(np.zeros(1, np.uint8), card.regions)
+    except ConfigError as error:
+        raise PreflightError(f"{where}: {one_line(str(error))[:300]}") from error
+    size, stride = card.prepare.size, card.network.stride
+    if size % stride or size < 2 * stride:
+        raise PreflightError(f"{where}: {len(card.network.widths)} levels do not fit a model grid of {size} pixels")
+    for name, words in (("modalities", card.modalities), ("regions", card.regions)):
+        if not 0 < len(set(words)) == len(words) <= MOST_CHANNELS or not all(0 < len(w) <= MOST_CHANNELS for w in words):
+            raise PreflightError(f"{where}: its {name} are none, doubled, or longer than any that exist")
+    chosen = card.chosen.get("threshold", 0.5)
+    if isinstance(chosen, bool) or not isinstance(chosen, float | int) or not 0 < chosen < 1:
+        raise PreflightError(f"{where}: chosen.threshold is {one_line(str(chosen))[:40]}, expected a number between 0 and 1")
 
 
 def resolved(settings: SegmentConfig, card: ModelCard) -> SegmentConfig:
@@ -272,17 +306,17 @@ def resolved(settings: SegmentConfig, card: ModelCard) -> SegmentConfig:
 def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = None) -> Model:
     """Rebuild a network from its folder. PreflightError when weights and card do not belong together."""
     card = load_card(uri)
+    where = f"{uri}/{WEIGHTS}"
+    wanted = blueprint(lambda: UNet(card.network, len(card.modalities), len(card.regions)), f"{uri}/{CARD}")
     try:
-        data = storage.read_bytes(storage.join(uri, WEIGHTS))
+        data = read_limited(storage.join(uri, WEIGHTS), MOST_BYTES)
     except StorageError as error:
         raise PreflightError(f"{uri}: its weights cannot be read ({error})") from error
     if hashlib.sha256(data).hexdigest() != card.weights_sha256:
-        raise PreflightError(f"{uri}/{WEIGHTS}: its sha256 is not the one that {CARD} names; the folder is damaged or mixed")
+        raise PreflightError(f"{where}: its sha256 is not the one that {CARD} names; the folder is damaged or mixed")
+    tensors = tensors_of(data, where)
+    check_fit(tensors, wanted, where)
     network = UNet(card.network, len(card.modalities), len(card.regions))
-    try:
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_tensors(data).items()})
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise PreflightError(f"{uri}/{WEIGHTS}: does not fit the architecture in {CARD}: {reason}") from error
+    network.load_state_dict(tensors)
     chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Model(card, network, fingerprint_of(card), chosen, resolved(settings, card))

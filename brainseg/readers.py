@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from brainseg import storage
 from brainseg.errors import Code, ScanError, StorageError, one_line
-from brainseg.formats import MAX_BYTES, Decoded
+from brainseg.formats import MAX_BYTES, MODEST_BYTES, MOST_RATIO, Decoded
 from brainseg.formats.dicom import read_series
 from brainseg.formats.hdf5 import read_keys
 from brainseg.formats.images import read_image
@@ -51,13 +51,20 @@ class _Room:
     def __init__(self, scan_id: str) -> None:
         self.scan_id = scan_id
         self.left = MAX_BYTES
+        self.packed = 0
 
-    def take(self, array: NDArray[Any]) -> None:
+    def for_image(self, data: bytes) -> int:
+        """The most that the next file, an image, may decode to."""
+        self.packed += len(data)
+        taken = MAX_BYTES - self.left
+        return min(self.left, max(MODEST_BYTES, MOST_RATIO * self.packed) - taken)
+
+    def take(self, array: NDArray[Any], at_most: int) -> None:
         """Count an array in. Raises ScanError TOO_LARGE where there is no room for it."""
         self.left -= array.nbytes
-        if self.left < 0:
-            found = f"found voxels of over {MAX_BYTES:,} bytes"
-            raise ScanError(Code.TOO_LARGE, f"{self.scan_id}: {found}, expected fewer in all files of a scan")
+        if array.nbytes > at_most:
+            found = f"found voxels of {MAX_BYTES - self.left:,} bytes in files of {self.packed:,} bytes"
+            raise ScanError(Code.TOO_LARGE, f"{self.scan_id}: {found}, expected fewer than {MAX_BYTES:,}, or larger files")
 
 
 def read_files(row: Row, *, with_label: bool) -> Found:
@@ -105,8 +112,9 @@ def _read_volumes(row: Row, with_label: bool) -> Found:
     sources = [*(by_modality[m] for m in row["modalities"]), *labels]
     decoded, room = [], _Room(row["scan_id"])
     for source, data in zip(sources, _fetch(sources), strict=True):
-        decoded.append(read_nifti(data, _name(source), room.left))
-        room.take(decoded[-1].array)
+        at_most = room.left if source["role"] == "label" else room.for_image(data)
+        decoded.append(read_nifti(data, _name(source), at_most))
+        room.take(decoded[-1].array, at_most)
     return _on_one_grid(row, decoded, labels)
 
 
@@ -119,7 +127,7 @@ def _read_dicom(row: Row, with_label: bool) -> Found:
     decoded, room = [], _Room(row["scan_id"])
     for modality in row["modalities"]:
         decoded.append(_read_series(row, modality, by_modality[modality]))
-        room.take(decoded[-1].array)
+        room.take(decoded[-1].array, room.left)
     labels = _sources(row, "label")[:1] if with_label else []
     decoded += [read_nifti(_read(source), _name(source), room.left) for source in labels]
     return _on_one_grid(row, decoded, labels)
@@ -169,7 +177,7 @@ def _read_slices(row: Row, role: str, channels: int, warnings: list[str]) -> NDA
     sources, room = _ordered(row, role), _Room(row["scan_id"])
     for source, data in zip(sources, _fetch(sources), strict=True):
         pixels, odd = read_image(data, _name(source))
-        room.take(pixels)
+        room.take(pixels, room.left if role == "label" else room.for_image(data))
         planes.append(_as_channels(pixels, channels, _name(source)))
         warnings.extend(odd)
     return _joined(planes, [_name(source) for source in sources])
@@ -202,7 +210,7 @@ def _read_h5slices(row: Row, with_label: bool) -> Found:
         arrays, odd = read_keys(data, ["image", "mask"] if wanted else ["image"], name)
         warnings.extend(odd)
         planes.append(_transposed(arrays["image"], len(row["modalities"]), "image", name))
-        room.take(planes[-1])
+        room.take(planes[-1], room.for_image(data))
         if wanted:
             masks.append(_from_one_hot(_transposed(arrays["mask"], len(values), "mask", name), values, name)[None])
     names = [_name(source) for source in sources]

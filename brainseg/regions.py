@@ -48,10 +48,11 @@ class LabelMap:
 
     def masks(self, label: NDArray[np.uint8], names: Sequence[str]) -> NDArray[np.bool_]:
         """Return the boolean masks `(R, *label.shape)` of the named regions."""
-        tables = np.zeros((len(names), 256), np.bool_)
-        for row, name in enumerate(names):
-            tables[row, list(self._region(name))] = True
-        return tables[:, label]
+        masks = np.zeros((len(names), *label.shape), np.bool_)
+        for mask, name in zip(masks, names, strict=True):
+            for value in self._region(name):
+                mask |= label == value
+        return masks
 
     def _region(self, name: str) -> tuple[int, ...]:
         if name not in self.regions:

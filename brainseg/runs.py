@@ -5,12 +5,13 @@ RUN/lease.json            who is driving it now (`lease`); RUN/inflight/ what ha
 RUN/scans/<part>.parquet  the fact table; a part appears whole and is named by the scans it holds
 RUN/metrics.parquet       scan x region, flat, derived from the parts
 RUN/evaluation.json       by `evaluate`: with whose labels metrics.parquet was made anew; RUN/baselines.parquet beside it
-RUN/_SUCCESS.json         written last: every scan of the manifest exactly once
+RUN/_SUCCESS.json         written last: every scan of the manifest exactly once; size and sha256 of every file above
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,14 +21,16 @@ import pyarrow as pa
 from brainseg import storage
 from brainseg.errors import Code, RunError, StorageError
 from brainseg.model import Split
+from brainseg.storage.place import translated
 from brainseg.tables import METRICS, SCANS
 
 RUN_FILE, SUCCESS_FILE, METRICS_FILE = "run.json", "_SUCCESS.json", "metrics.parquet"
 BASELINES_FILE, EVALUATION_FILE, EVALUATION = "baselines.parquet", "evaluation.json", "evaluation"
+MANIFEST_FILE = "manifest.parquet"
 PARTS = "scans"
 TORN = "torn"
-TRANSIENT = frozenset({Code.UNREADABLE, Code.OUT_OF_MEMORY, Code.TIMEOUT, Code.WORKER_DIED})
-"""Failures that the store or the machine may be at fault for: the next attempt tries such scans again."""
+TRANSIENT = frozenset({Code.UNREADABLE, Code.OUT_OF_MEMORY, Code.TIMEOUT, Code.WORKER_DIED, Code.INTERNAL})
+"""Failures that the store, the machine or brainseg may be at fault for: the next attempt tries such scans again."""
 KEYS = (
     "scan_id",
     "status",
@@ -36,8 +39,14 @@ KEYS = (
     "model_fingerprint",
     "config_fingerprint",
     "finished_at",
-    "mask_sha256",
 )
+FILES_AT_ONCE = 8
+"""How many files are read side by side to be hashed: a store answers slowly, a hash does not hold Python's lock."""
+_SHARED = tuple(name for name in SCANS.names if name in METRICS.names)
+MEASURED = (*_SHARED, "sources", "regions")
+"""Columns of the `scans` table from which `metrics.parquet` is made."""
+Seal = Mapping[str, Any]
+"""What tells a file's bytes from any others: `size_bytes` and `sha256`."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +153,25 @@ def kept_rows(run: str, *, set_aside: bool) -> Iterator[Kept]:
     """Every row that a readable part holds. Torn parts are moved to RUN/torn if `set_aside`, else StorageError."""
     for uri in parts(run):
         try:
-            table = storage.read_table(uri, list(KEYS))
+            rows = _key_rows(uri)
         except StorageError:
             if not set_aside:
                 raise
             storage.write_bytes(storage.join(run, TORN, storage.name_of(uri)), storage.read_bytes(uri))
             storage.delete(uri)
             continue
-        for place, row in enumerate(table.to_pylist()):
+        for place, row in enumerate(rows):
             yield Kept(row["scan_id"], uri, place, row["status"], row["error_code"], row["content_tag"], row["finished_at"])
+
+
+def _key_rows(uri: str) -> list[dict[str, Any]]:
+    """The columns `KEYS` of a part. A damaged footer may give them other types, under which values cannot be taken out."""
+    table = storage.read_table(uri, list(KEYS)).select(list(KEYS))
+    if table.schema.types != [SCANS.field(name).type for name in KEYS]:
+        raise StorageError(f"{uri}: its columns are not those of a `{PARTS}` table")
+    with translated("read as Parquet", uri):
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
 
 
 def finished_rows(run: str, expected: Mapping[str, str]) -> dict[str, Kept]:
@@ -205,21 +224,25 @@ def write_metrics(run: str, split: Split) -> dict[str, int]:
     """Derive RUN/metrics.parquet from the parts; returns how many scans have a label and how many were evaluated."""
     tables: list[pa.Table] = []
     labelled = evaluated = 0
-    wanted = [n for n in SCANS.names if n in METRICS.names] + ["sources", "regions"]
     for uri in parts(run):
         flat: list[dict[str, Any]] = []
-        for row in storage.read_table(uri, wanted).to_pylist():
-            sources, entries = row.pop("sources"), row.pop("regions") or []
-            scored = any(e["state"] != "no_label" for e in entries)
+        for row in storage.read_table(uri, list(MEASURED)).to_pylist():
+            scored = any(e["state"] != "no_label" for e in row["regions"] or ())
             evaluated += scored
-            labelled += scored or any(s["role"] in ("label", "both") for s in sources)
-            side = split.part_of(row["patient_id"], row["scan_id"])
-            flat += [{**row, "split": side, **entry} for entry in entries]
+            labelled += scored or any(s["role"] in ("label", "both") for s in row["sources"])
+            flat += metrics_of(row, split)
         tables.append(pa.Table.from_pylist(flat, schema=METRICS))
     table = pa.concat_tables(tables) if tables else METRICS.empty_table()
     ordered = table.sort_by([("scan_id", "ascending"), ("region", "ascending")])
     storage.write_table(storage.join(run, METRICS_FILE), ordered, row_group_rows=65536)
     return {"labelled": labelled, "evaluated": evaluated}
+
+
+def metrics_of(row: Mapping[str, Any], split: Split) -> Iterator[dict[str, Any]]:
+    """The rows of the `metrics` table that a row of the `scans` table makes; it needs the columns `MEASURED`."""
+    side = split.part_of(row["patient_id"], row["scan_id"])
+    for entry in row["regions"] or ():
+        yield {**{name: row[name] for name in _SHARED}, "split": side, **entry}
 
 
 def forget_evaluation(run: str) -> None:
@@ -229,59 +252,28 @@ def forget_evaluation(run: str) -> None:
 
 
 def finish_run(run: str, body: Mapping[str, Any], counts: Mapping[str, int], timings: Mapping[str, float]) -> None:
-    """Write counts and timings into run.json and then, last of all, _SUCCESS.json."""
+    """Write counts and timings into run.json and then, last of all, _SUCCESS.json with the seal of every file of the run."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     done = {"finished_at": now, "counts": dict(counts)}
     storage.write_json(storage.join(run, RUN_FILE), {**body, **done, "timings": dict(timings)})
-    names = [storage.name_of(u) for u in parts(run)]
-    storage.write_json(storage.join(run, SUCCESS_FILE), {"run_id": body["run_id"], **done, "parts": names})
+    there = [n for n in (RUN_FILE, MANIFEST_FILE, METRICS_FILE) if storage.exists(storage.join(run, n))]
+    files = seals(run, [*there, *(f"{PARTS}/{storage.name_of(uri)}" for uri in parts(run))])
+    storage.write_json(storage.join(run, SUCCESS_FILE), {"run_id": body["run_id"], **done, "files": files})
 
 
-def verify_run(run: str, expected: Mapping[str, str]) -> list[str]:
-    """Prove a finished run; returns what is wrong, one line each, empty when all is well.
-
-    Checked: _SUCCESS.json is there; every part is readable and is one that _SUCCESS names; every expected scan stands
-    exactly once, with the content it was listed with; model and config are the run's own; every mask matches its hash.
-    """
-    finished = storage.exists(storage.join(run, SUCCESS_FILE))
-    problems = [] if finished else [f"{SUCCESS_FILE} is missing: the run has not finished"]
-    body = storage.read_json(storage.join(run, RUN_FILE))
-    seen: dict[str, int] = {}
-    for uri in parts(run):
-        try:
-            table = storage.read_table(uri, SCANS.names)
-        except StorageError as error:
-            problems.append(str(error))
-            continue
-        if not table.schema.equals(SCANS):
-            problems.append(f"{storage.name_of(uri)}: its columns are not those of a `{PARTS}` table")
-        for row in table.select([*KEYS, "mask"]).to_pylist():
-            seen[row["scan_id"]] = seen.get(row["scan_id"], 0) + 1
-            problems += _row_problems(row, body, expected, storage.name_of(uri))
-    problems += [f"{s}: {n} rows, expected 1" for s, n in seen.items() if n > 1]
-    problems += [f"{s}: no row" for s in expected if s not in seen]
-    return problems + _part_problems(run)
+def seals(run: str, names: Iterable[str]) -> dict[str, Seal]:
+    """The seal of each file, named as it lies below the run. A few whole files are in memory at a time."""
+    wanted = list(names)
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        found = pool.map(lambda name: seal_of(storage.read_bytes(storage.join(run, name))), wanted)
+        return dict(zip(wanted, found, strict=True))
 
 
-def _row_problems(row: Mapping[str, Any], body: Mapping[str, Any], expected: Mapping[str, str], part: str) -> list[str]:
-    who, out = f"{row['scan_id']} in {part}", []
-    if row["scan_id"] not in expected:
-        out.append(f"{who}: not a scan of the manifest")
-    elif expected[row["scan_id"]] != row["content_tag"]:
-        out.append(f"{who}: made from files that have changed since")
-    for name in ("model_fingerprint", "config_fingerprint"):
-        if row[name] != body[name]:
-            out.append(f"{who}: {name.replace('_', ' ')} is {_short(row[name])}, the run's is {_short(body[name])}")
-    if row["status"] == "ok" and hashlib.sha256(row["mask"] or b"").hexdigest() != row["mask_sha256"]:
-        out.append(f"{who}: the mask does not match its sha256")
-    return out
+def seal_of(data: bytes) -> Seal:
+    """The seal of a file with these bytes."""
+    return {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _part_problems(run: str) -> list[str]:
-    """Parts that _SUCCESS.json does not name, and named ones that are gone."""
-    place = storage.join(run, SUCCESS_FILE)
-    if not storage.exists(place):
-        return []
-    named, there = set(storage.read_json(place)["parts"]), {storage.name_of(u) for u in parts(run)}
-    strange = [f"{p}: a part that {SUCCESS_FILE} does not name" for p in sorted(there - named)]
-    return strange + [f"{p}: part is missing" for p in sorted(named - there)]
+def expected_tags(table: pa.Table) -> dict[str, str]:
+    """scan_id -> content_tag of every scan that a run over this manifest must hold exactly once."""
+    return {r["scan_id"]: content_tag(r) for r in table.select(["scan_id", "label_map", "sources"]).to_pylist()}

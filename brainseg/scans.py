@@ -219,6 +219,8 @@ def _checked_label(stored: NDArray[Any], known: LabelMap, names: Sequence[str], 
             for plane, name in zip(stored, names, strict=True):
                 _in_values(plane, known, name, [])  # a file a slice: raises at the one that is at fault
         raise
+    if label.all():
+        raise ScanError(Code.BAD_LABELS, f"{names[0]}: found tumour in every voxel, expected background around it")
     return label
 
 

@@ -24,11 +24,11 @@ from brainseg.lease import Lease, refuse_if_held
 from brainseg.model import ModelCard, fingerprint_of, load_card, resolved
 from brainseg.session import Cluster, connect, lifeline, plain_words, require, require_room
 from brainseg.stages import Job
+from brainseg.verify import verify_run as verify_run
 from brainseg.versions import versions
 from brainseg.workers import Forward, WholeWay, decode_block, finish_block
 
 MOST_SCANS_PER_PART = 32
-MANIFEST_FILE = "manifest.parquet"
 STANDSTILL_S = 600.0
 """Beyond what a whole part may take, a job in which nothing moves for this long is ended: Ray would wait in silence."""
 Say = Callable[[str], None]
@@ -117,9 +117,9 @@ def segment_archive(
     with Lease(out) as lease:
         threshold = {"value": settings.threshold, "chosen_on": chosen_on}
         body = runs.open_run(out, identity, _description(source, model_uri, card, settings) | {"threshold": threshold})
-        manifest.write_manifest(storage.join(out, MANIFEST_FILE), table)
+        manifest.write_manifest(storage.join(out, runs.MANIFEST_FILE), table)
         storage.delete(storage.join(out, runs.SUCCESS_FILE))
-        expected = expected_tags(table)
+        expected = runs.expected_tags(table)
         job = Job(
             out,
             model_uri,
@@ -146,7 +146,11 @@ def segment_archive(
 def _derive(out: str, card: ModelCard, body: Mapping[str, Any], progress: Progress) -> dict[str, int]:
     """Write metrics.parquet; returns the counts of labels. Where nothing was segmented now, a later evaluation stays."""
     counted = body.get("counts") or {}
-    if progress.ok + progress.failed == 0 and "evaluated" in counted and storage.exists(storage.join(out, runs.EVALUATION_FILE)):
+    if (
+        progress.ok + progress.failed == 0
+        and "evaluated" in counted
+        and storage.exists(storage.join(out, runs.EVALUATION_FILE))
+    ):
         return {name: int(counted[name]) for name in ("labelled", "evaluated")}
     runs.forget_evaluation(out)
     return runs.write_metrics(out, card.split)
@@ -177,7 +181,7 @@ def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive)
     ear.say(plan.describe())
     if cluster.free_cpus is not None and cluster.free_cpus < plan.actors * plan.actor_cpus + 1:
         ear.say(f"only {cluster.free_cpus:g} of the cluster's {cluster.cpus:g} CPUs are free now; waiting for other jobs")
-    with lifeline(ear.say), plain_words():
+    with lifeline(), plain_words():
         for receipt in _receipts(todo, job, plan):
             _take(progress, receipt)
             ear.tick(progress)
@@ -189,11 +193,6 @@ def _enforce(limit: int | None, progress: Progress) -> None:
     if limit is not None and progress.all_failed > limit:
         kept = "what is done is kept, and the same command goes on from there"
         raise FailureLimitError(f"{progress.all_failed} scans failed, the limit is {limit}; {kept}")
-
-
-def expected_tags(table: pa.Table) -> dict[str, str]:
-    """scan_id -> content_tag of every scan that a run over this manifest must hold exactly once."""
-    return {r["scan_id"]: runs.content_tag(r) for r in table.select(["scan_id", "label_map", "sources"]).to_pylist()}
 
 
 def load_source(source: str) -> pa.Table:
@@ -290,9 +289,3 @@ def _take(progress: Progress, receipt: Mapping[str, Any]) -> None:
     progress.failed += len(receipt["failed"])
     for stage in progress.seconds:
         progress.seconds[stage] += float(receipt[f"seconds_{stage}"])
-
-
-def verify_run(run: str) -> list[str]:
-    """Prove a finished run against the manifest it keeps; what is wrong, one line each."""
-    table = manifest.read_manifest(storage.join(run, MANIFEST_FILE))
-    return runs.verify_run(run, expected_tags(table))

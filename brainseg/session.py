@@ -9,7 +9,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event, Thread
@@ -119,7 +119,7 @@ def require_room(cluster: Cluster, processes: int, *, cpus: float, gpus: float, 
 
 
 @contextmanager
-def lifeline(say: Callable[[str], None]) -> Iterator[None]:
+def lifeline() -> Iterator[None]:
     """While inside: when this machine's Ray dies, say so in one line and end the process with exit code 1.
 
     Without its raylet a driver waits, or is ended by Ray's core without a word. A raylet keeps the connection of whoever
@@ -132,7 +132,7 @@ def lifeline(say: Callable[[str], None]) -> Iterator[None]:
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(place)
         leaving = Event()
-        Thread(target=_wait_for_the_end, args=(line, leaving, say), daemon=True).start()
+        Thread(target=_wait_for_the_end, args=(line, leaving), daemon=True).start()
         try:
             yield
         finally:
@@ -148,12 +148,12 @@ def _raylet_socket() -> str | None:
     return places[0] if places and os.path.exists(places[0]) else None  # noqa: PTH110
 
 
-def _wait_for_the_end(line: socket.socket, leaving: Event, say: Callable[[str], None]) -> None:
+def _wait_for_the_end(line: socket.socket, leaving: Event) -> None:
     with suppress(OSError):
         while line.recv(64):
             pass
     if not leaving.is_set():
-        say(f"brainseg: Ray has died on this machine (its raylet is gone); {KEPT}")
+        sys.stderr.write(f"brainseg: Ray has died on this machine (its raylet is gone); {KEPT}\n")
         sys.stderr.flush()
         os._exit(ExitCode.CRASH)
 

@@ -15,7 +15,7 @@ from brainseg import commands, storage
 from brainseg.aggregate import Rule
 from brainseg.config import Config, build
 from brainseg.environment import prepare_environment
-from brainseg.errors import BrainsegError, ConfigError, ExitCode, UsageError
+from brainseg.errors import BrainsegError, ConfigError, ExitCode, UsageError, one_line
 
 S = TypeVar("S", bound=Config)
 
@@ -95,5 +95,5 @@ def run(kind: type[S], job: Callable[[S], ExitCode], words: Sequence[str]) -> in
             raise UsageError(f"expected one word, the path of a spec (YAML); got {len(words)}")
         return int(job(read_spec(kind, words[0])))
     except BrainsegError as error:
-        sys.stderr.write(f"brainseg: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"brainseg: {one_line(str(error))}\n")
         return int(error.exit_code)

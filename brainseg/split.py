@@ -20,9 +20,10 @@ def split_rows(rows: Sequence[Row], config: TrainConfig) -> tuple[Split, dict[st
     """Divide labelled manifest rows into train, validation and test.
 
     The fold `folds_held_out` is the test part. Validation is `validation_share` of the remaining patients, chosen by a hash
-    of the patient and the seed; where folds divide patients and that is accepted, of the remaining scans. Raises LeakageError where patients are shared, where neither patients nor folds are known,
-    or where unknown patients' slices are dealt as if at random (unless the config accepts leakage), and PreflightError
-    where a part would be empty.
+    of the patient and the seed; where folds divide patients and that is accepted, of the remaining scans.
+
+    Raises LeakageError where patients are shared, where neither patients nor folds are known, or where unknown patients'
+    slices are dealt as if at random (unless the config accepts leakage), and PreflightError where a part would be empty.
     """
     usable = usable_rows(rows)
     folds = folds_of(usable, config)

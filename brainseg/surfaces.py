@@ -50,9 +50,9 @@ class Surface:
     index: Indices
     shared: Mask
 
-    def part(self, chosen: Mask, shared: Mask) -> "Surface":
-        """The chosen voxels (N,), of which those in `shared` (N,) too are counted as shared."""
-        return Surface(self.index[chosen], (self.shared & shared)[chosen])
+    def part(self, chosen: Mask) -> "Surface":
+        """The voxels chosen by a mask (N,)."""
+        return Surface(self.index[chosen], self.shared[chosen])
 
 
 @dataclass(frozen=True)

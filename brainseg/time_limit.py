@@ -3,10 +3,11 @@
 A thread cannot be killed, and a helper process would cost a copy of every voxel. So calls run in a thread beside, which is
 left behind when it does not answer in time; the caller goes on with a new one. A process that has left several behind
 should be replaced (`is_worn`). A call that hangs inside a C library without giving up Python's lock stops the whole process;
-for that case the interpreter's own watchdog, which needs no lock, ends the process a while later if `fatal` is asked for.
+for that case the kernel's alarm, which needs no lock, ends the process a while later if `fatal` is asked for.
 """
 
 import faulthandler
+import signal
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -30,6 +31,8 @@ class TimeLimit:
         self.fatal = fatal
         self._helper: _Helper | None = None
         self._left_behind: list[_Helper] = []
+        if fatal:  # where it hung is written to stderr, then the signal does what it does by default
+            faulthandler.register(signal.SIGALRM, file=STDERR, all_threads=True, chain=True)
 
     @property
     def is_worn(self) -> bool:
@@ -41,7 +44,7 @@ class TimeLimit:
         """Return what `function` returns, or raise what it raises; ScanError TIMEOUT where it does neither in time."""
         if self._helper is None:
             self._helper = _Helper()
-        self._arm()
+        self._set_alarm(self.seconds * FATAL_AFTER + 1)
         try:
             done, answer = self._helper.ask(function, self.seconds)
         except Empty:
@@ -51,18 +54,14 @@ class TimeLimit:
             text = f"{who}: found no end of reading within {self.seconds:g} s, expected its files to answer"
             raise ScanError(Code.TIMEOUT, text) from None
         finally:
-            self._disarm()
+            self._set_alarm(0)
         if not done:
             raise answer
         return answer  # type: ignore[no-any-return]
 
-    def _arm(self) -> None:
+    def _set_alarm(self, seconds: float) -> None:
         if self.fatal:
-            faulthandler.dump_traceback_later(self.seconds * FATAL_AFTER + 1, exit=True, file=STDERR)
-
-    def _disarm(self) -> None:
-        if self.fatal:
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 class _Helper:

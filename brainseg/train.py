@@ -19,7 +19,6 @@ import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
-from safetensors.torch import load as load_tensors
 
 from brainseg import cache, manifest, storage
 from brainseg.audit import Audit, audit_split
@@ -33,7 +32,9 @@ from brainseg.regions import label_map
 from brainseg.scans import Scan, load_scan
 from brainseg.session import Cluster, connect, require
 from brainseg.split import split_rows
+from brainseg.unet import UNet
 from brainseg.versions import versions
+from brainseg.weights import blueprint, check_fit, tensors_of
 
 SCANS_PER_SHARD = 16
 MAX_WORKER_FAILURES = 2
@@ -291,6 +292,9 @@ def _keep(out: str, work: str, card: ModelCard) -> ModelCard:
     log = storage.read_bytes(storage.join(work, "metrics.jsonl"))
     storage.write_bytes(storage.join(out, "metrics.jsonl"), log)
     storage.write_bytes(storage.join(out, "curves.png"), draw_curves([json.loads(x) for x in io.BytesIO(log)]))
-    card = save_model(out, card, load_tensors(storage.read_bytes(storage.join(work, "best.safetensors"))))
+    best = storage.join(work, "best.safetensors")
+    weights = tensors_of(storage.read_bytes(best), best)
+    check_fit(weights, blueprint(lambda: UNet(card.network, len(card.modalities), len(card.regions)), best), best)
+    card = save_model(out, card, weights)
     storage.delete_tree(work)
     return card

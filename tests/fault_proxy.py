@@ -102,6 +102,12 @@ class FaultProxy(Server):
                 self.count.faults[fault] += 1
             return fault
 
+    def spare(self, fault: str | None) -> None:
+        """Take back a fault of a body where there is none."""
+        if fault in (*WITH_BODY, "flip"):
+            with self.lock:
+                self.count.faults[fault] -= 1
+
 
 class Relay(Answer):
     """One connection of a client."""
@@ -123,7 +129,7 @@ class Relay(Answer):
         if fault == "refuse_late":
             return self._send(503, BUSY)
         if status >= 300 or not data:
-            fault = None
+            fault = self.server.spare(fault)
         return self._send(status, flipped(data) if fault == "flip" else data, headers, fault)
 
     def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:

@@ -1,9 +1,11 @@
 """Object stores for tests, all on loopback: moto behind real HTTP or HTTPS, a real OpenStack Swift, and stores that are dead.
 
-moto answers at once and believes everything; Swift verifies signatures and digests, and costs a minute to install.
+moto answers at once and believes every signature; Swift verifies them, and costs a minute to install.
 """
 
+import base64
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -107,7 +109,7 @@ class Answer(BaseHTTPRequestHandler):
 
 
 class MotoAnswer(Answer):
-    """One connection to moto's S3, whose own server would need Flask."""
+    """One connection to moto's S3, whose own server would need Flask. The digest of a body is verified, as stores do."""
 
     _one_at_a_time = threading.Lock()
 
@@ -118,12 +120,15 @@ class MotoAnswer(Answer):
         headers = HTTPHeaders()
         for name, value in self.headers.items():
             headers[name] = value
+        promised = self.headers.get("Content-MD5", "")
+        if promised not in ("", base64.b64encode(hashlib.md5(body).digest()).decode()):
+            return self._send(400, {}, b"<Error><Code>BadDigest</Code></Error>")
         url = f"https://s3.amazonaws.com{self.path}"
         with self._one_at_a_time:
             made = BotocoreStubber().process_request(AWSPreparedRequest(self.command, url, headers, body, False))
         assert made is not None
         status, told, data = made
-        self._send(status, told, data.encode() if isinstance(data, str) else data)
+        return self._send(status, told, data.encode() if isinstance(data, str) else data)
 
     def _send(self, status: int, told: Any, data: bytes) -> None:
         self.send_response(status)
@@ -140,11 +145,12 @@ class MotoAnswer(Answer):
 
 @contextlib.contextmanager
 def moto_server(tls: Path | None = None) -> Iterator[str]:
-    """An empty moto; returns its endpoint."""
+    """An empty moto; returns its endpoint. It does one thing at a time, so no writer need wait for another to be done."""
     from moto.backends import get_backend
 
     get_backend("s3").reset()
-    with Server(MotoAnswer, tls) as server:
+    with pytest.MonkeyPatch.context() as patch, Server(MotoAnswer, tls) as server:
+        patch.setattr("brainseg.storage.s3.SETTLE_S", 0.02)
         yield server.endpoint
     get_backend("s3").reset()
 

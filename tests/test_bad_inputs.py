@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def row_of(reader: str, modalities: Sequence[str], path: Path, role: str = "image", index: int | None = None) -> dict[str, Any]:
     file = {"uri": str(path), "role": role, "modality": None if index == 0 else modalities[0], "index": index}
+    file |= {"size_bytes": path.stat().st_size, "tag": "t"}
     row = {
         "scan_id": "scan-1",
         "reader": reader,
@@ -80,16 +81,17 @@ def verdict_on(row: Mapping[str, Any], said_before: Sequence[str] = ()) -> Verdi
     return "accept-warn" if warnings else "accept", ",".join(codes), " ".join(warnings)
 
 
-def on_volume(_kind: str, path: Path) -> Verdict:
-    return verdict_on(row_of("volumes", ["t1"], path))
+def row_for(family: str, kind: str, path: Path) -> dict[str, Any]:
+    """The manifest row of a family whose inputs are single files."""
+    if family == "h5":
+        return row_of("h5slices", ["flair", "t1", "t1c", "t2"], path, "both", 0)
+    if family == "image":
+        return row_of("stack", ["t1", "flair", "t1c"] if kind == "tif_lgg_rgb" else ["t1"], path, index=0)
+    return row_of("volumes", ["t1"], path)
 
 
-def on_picture(kind: str, path: Path) -> Verdict:
-    return verdict_on(row_of("stack", ["pre", "flair", "post"] if kind == "tif_lgg_rgb" else ["t1"], path, index=0))
-
-
-def on_h5(_kind: str, path: Path) -> Verdict:
-    return verdict_on(row_of("h5slices", ["flair", "t1", "t1c", "t2"], path, "both", 0))
+def on_file(family: str) -> Callable[[str, Path], Verdict]:
+    return lambda kind, path: verdict_on(row_for(family, kind, path))
 
 
 def on_case(kind: str, path: Path) -> Verdict:
@@ -124,10 +126,7 @@ def on_ids(ids: Sequence[str]) -> Verdict:
 
 
 JUDGES: Mapping[str, Callable[[str, Path], Verdict]] = {
-    "nifti": on_volume,
-    "fs": on_volume,
-    "image": on_picture,
-    "h5": on_h5,
+    **{family: on_file(family) for family in ("nifti", "fs", "image", "h5")},
     "case": on_case,
     "archive": on_archive,
 }

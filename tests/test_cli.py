@@ -126,8 +126,9 @@ def test_a_model_that_is_not_there(refused, heads):
 
 
 @pytest.mark.parametrize("words", [("report", "nowhere"), ("verify", "nowhere"), ("export", "nowhere", "--out", "masks")])
-def test_a_run_that_is_not_there(refused, words):
-    assert "no run.json" in refused(*words)
+def test_a_run_that_is_not_there_and_a_folder_that_is_none(refused, heads, words):
+    assert "no such folder" in refused(*words)
+    assert "no run.json" in refused(*(heads if word == "nowhere" else word for word in words))
 
 
 # ---- data that cannot serve --------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Contents: equal files have equal hashes, others are not read in vain, and a blank image is evidence of nothing."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import h5py
@@ -11,7 +10,7 @@ import pytest
 from factory import FEW, make_row
 from hypothesis import given
 from hypothesis import strategies as st
-from moto import mock_aws
+from object_stores import moto_store
 
 from brainseg import storage
 from brainseg.contents import with_contents
@@ -95,16 +94,9 @@ def test_blank_images_are_no_evidence_and_others_are(tmp_path, reader):
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    for name in [n for n in os.environ if n.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(name, value)
-    storage._client.cache_clear()
-    with mock_aws():
-        storage._client(os.getpid()).create_bucket(Bucket="set")
-        yield "s3://set"
-    storage._client.cache_clear()
+def bucket():
+    with moto_store() as uri:
+        yield uri
 
 
 def test_on_s3_an_etag_spares_the_reading_of_all_but_one_of_each_set_of_equals(bucket):

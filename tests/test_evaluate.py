@@ -18,9 +18,9 @@ from brainseg.geometry import Grid
 from brainseg.model import Prediction, Split
 from brainseg.phantom import write_archive
 from brainseg.scans import load_scan
-from brainseg.segment import expected_tags
 from brainseg.stages import Job, Work, finish
 from brainseg.tables import MANIFEST
+from brainseg.verify import verify_run
 
 NUM, TRAINED = 6, ("of-s0", "of-s1", "of-s2")
 SETTINGS = SegmentConfig(thumbnails=False)
@@ -67,7 +67,7 @@ def make_run(folder: Path, predict=shifted, *, accept_leakage=False, archive=vol
     job = Job(run, "model", SETTINGS, body["run_id"], 1, "m", "c", card)
     for part in (works[:4], works[4:]):
         runs.write_part(run, [finish(work, job) for work in part])
-    counts = runs.settle(run, expected_tags(table)) | runs.write_metrics(run, card.split)
+    counts = runs.settle(run, runs.expected_tags(table)) | runs.write_metrics(run, card.split)
     runs.finish_run(run, body, counts, {})
     return run
 
@@ -111,7 +111,7 @@ def test_stored_masks_give_the_same_figures_again(evaluated):
     assert metrics_of(run).equals(before)
     assert before.num_rows == NUM
     assert body["problems"] == []
-    assert runs.verify_run(run, expected_tags(manifest.read_manifest(storage.join(run, "manifest.parquet")))) == []
+    assert verify_run(run) == []
 
 
 def test_a_scan_without_positions_is_measured_in_pixels_again(tmp_path):

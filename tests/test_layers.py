@@ -18,8 +18,9 @@ LAYERS = """
     unet losses presets
     formats surfaces lesions metrics aggregate averaging comparison
     contrasts layouts readers scans prepare thumbnails masks augment cache
+    weights
     model
-    contents audit folds manifest lease inflight runs baselines split scoring learn curves
+    contents audit folds manifest lease inflight runs verify clean baselines split scoring learn curves
     stages workers session held_out course
     train cross_validation sweep segment report export phantom evaluate
     console results

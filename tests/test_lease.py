@@ -20,17 +20,19 @@ HOLD = """
 import sys, time
 from brainseg.errors import RunError
 from brainseg.lease import Lease
-run, start = sys.argv[1], float(sys.argv[2])
-while time.time() < start:
-    pass
-try:
-    with Lease(run) as held:
-        print("held", held.generation, flush=True)
-        sys.stdin.readline()
-        held.check()
-except RunError as error:
-    print("refused:", error, flush=True)
+for line in sys.stdin:
+    run, start = line.split()
+    while time.time() < float(start):
+        pass
+    try:
+        with Lease(run) as held:
+            print("held", held.generation, flush=True)
+            sys.stdin.readline()
+            held.check()
+    except RunError as error:
+        print("refused:", error, flush=True)
 """
+"""A driver that takes the lease it is told to take, when it is told to, and holds it until it is told again."""
 
 
 @pytest.fixture
@@ -38,9 +40,16 @@ def run(tmp_path):
     return str(tmp_path / "run")
 
 
-def holder(run, start=0.0):
-    words = [sys.executable, "-c", HOLD, run, str(start)]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True)
+def driver():
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True, bufsize=1
+    )
+
+
+def holder(run):
+    other = driver()
+    other.stdin.write(f"{run} 0\n")
+    return other
 
 
 def body(run):
@@ -97,15 +106,19 @@ def test_generations_grow_and_old_claims_go(run):
 
 
 def test_of_two_drivers_that_start_at_once_one_goes_on(run):
-    for round_ in range(20):
-        place = f"{run}-{round_}"
-        start = time.time() + 0.6
-        both = [holder(place, start) for _ in range(2)]
-        first = sorted(p.stdout.readline() for p in both)
+    both = [driver() for _ in range(2)]
+    try:
+        for n in range(20):
+            for p in both:
+                p.stdin.write(f"{run}-{n} {time.time() + 0.05}\n")
+            said = [p.stdout.readline() for p in both]
+            winner = next(p for p, words in zip(both, said, strict=True) if words == "held 1\n")
+            assert sorted(said)[1].startswith("refused: another driver"), said
+            winner.stdin.write("\n")
+    finally:
         for p in both:
-            p.communicate("\n")
-        assert first[0].startswith("held 1"), first
-        assert first[1].startswith("refused: another driver"), first
+            p.kill()
+            p.communicate()
 
 
 @pytest.mark.parametrize("takers", [2, 6])
@@ -115,7 +128,7 @@ def test_of_many_that_want_to_succeed_a_dead_driver_one_does(run, takers):
     ready, done = threading.Barrier(takers), threading.Barrier(takers)
 
     def take() -> None:
-        mine = Lease(run)
+        mine = Lease(run, heartbeat_s=0.1, patience_s=3.0)
         mine.me = {**mine.me, "where": f"machine of {threading.get_ident()}"}
         ready.wait()
         try:
@@ -126,15 +139,11 @@ def test_of_many_that_want_to_succeed_a_dead_driver_one_does(run, takers):
             outcomes.append("refused")
             done.wait()
 
-    lease_patience, lease.LOOK_EVERY_S = lease.LOOK_EVERY_S, 0.05
-    try:
-        threads = [threading.Thread(target=take) for _ in range(takers)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    finally:
-        lease.LOOK_EVERY_S = lease_patience
+    threads = [threading.Thread(target=take) for _ in range(takers)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     assert sorted(outcomes) == ["held 2"] + ["refused"] * (takers - 1)
 
 

@@ -94,7 +94,7 @@ class TestRefused:
         (tmp_path / WEIGHTS).write_bytes(bomb)
         assert "damaged or mixed" in self.refused(tmp_path)
         self.rewrite_card(tmp_path, weights_sha256=hashlib.sha256(bomb).hexdigest())
-        assert "does not fit" in self.refused(tmp_path)
+        assert "found a Python pickle" in self.refused(tmp_path)
         assert not (tmp_path / "went off").exists()
         pickle.loads(bomb)
         assert (tmp_path / "went off").exists()
@@ -211,6 +211,17 @@ class TestOutOfMemory:
         assert np.array_equal(answer.label, expected.label)
         assert max(n for n in model.network.asked if n <= 3) >= 2
         assert sum(n for n in model.network.asked if n <= 3) == scans[0].image.shape[1]
+
+    def test_it_is_not_tried_again_with_what_did_not_fit(self, tmp_path):
+        model = make_model(tmp_path, settings=LOW)
+        model.network = Small(model.network, most=3)
+        model.predict([make_scan((9, 30, 26))])
+        too_many = [n for n in model.network.asked if n > 3]
+        assert len(too_many) == len(set(too_many))
+        model.network.asked.clear()
+        model.predict([make_scan((9, 30, 26), seed=1)])
+        assert model.network.asked
+        assert max(model.network.asked) <= 3
 
     def test_where_not_even_one_slice_fits_it_is_said(self, tmp_path):
         model = make_model(tmp_path)

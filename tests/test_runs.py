@@ -84,7 +84,6 @@ def done(run):
     runs.write_part(run, [finished("c")])
     counts = runs.settle(run, expected("a", "b", "c")) | runs.write_metrics(run, Split())
     runs.finish_run(run, body, counts, {"total_s": 1.5})
-    assert runs.verify_run(run, expected("a", "b", "c")) == []
     return run
 
 
@@ -244,105 +243,16 @@ class TestMetrics:
         assert storage.read_table(f"{run}/metrics.parquet").num_rows == 0
 
 
-class TestVerifying:
-    """Each thing that can be wrong with a finished run is found."""
-
-    def problems(self, run, *scan_ids):
-        return runs.verify_run(run, expected(*(scan_ids or "abc")))
-
-    def edit(self, run, part, change):
-        """Rewrite a part with changed rows under its own name."""
-        uri = runs.part_uri(run, part)
-        rows = storage.read_table(uri).to_pylist()
-        storage.write_table(uri, pa.Table.from_pylist(change(rows), schema=SCANS))
-
-    def test_a_finished_run_is_sound_and_says_so(self, done):
-        success = storage.read_json(f"{done}/_SUCCESS.json")
-        body = storage.read_json(f"{done}/run.json")
-        assert success["counts"] == body["counts"]
-        assert success["counts"] == {"found": 3, "ok": 2, "failed": 1, "duplicates_removed": 0, "labelled": 0, "evaluated": 0}
-        assert body["timings"] == {"total_s": 1.5}
-        assert success["parts"] == [storage.name_of(uri) for uri in runs.parts(done)]
-
-    def test_a_run_without_success(self, done):
-        storage.delete(f"{done}/_SUCCESS.json")
-        assert self.problems(done) == ["_SUCCESS.json is missing: the run has not finished"]
-
-    def test_a_missing_scan(self, done):
-        assert self.problems(done, "a", "b", "c", "d") == ["d: no row"]
-        self.edit(done, ["a", "b"], lambda rows: rows[:1])
-        assert self.problems(done) == ["b: no row"]
-
-    def test_a_doubled_scan(self, done):
-        self.edit(done, ["c"], lambda rows: rows * 2)
-        assert self.problems(done) == ["c: 2 rows, expected 1"]
-
-    def test_a_stranger(self, done):
-        assert self.problems(done, "a", "b") == [f"c in {Path(runs.part_uri(done, ['c'])).name}: not a scan of the manifest"]
-
-    def test_files_that_have_changed_since(self, done):
-        self.edit(done, ["c"], lambda rows: [{**rows[0], "content_tag": "older"}])
-        assert ["made from files that have changed since" in p for p in self.problems(done)] == [True]
-
-    def test_a_mask_that_does_not_match_its_hash(self, done):
-        self.edit(done, ["c"], lambda rows: [{**rows[0], "mask": b"another mask"}])
-        assert ["c in" in p and "does not match its sha256" in p for p in self.problems(done)] == [True]
-        self.edit(done, ["c"], lambda rows: [{**rows[0], "mask": None}])
-        assert len(self.problems(done)) == 1
-
-    @pytest.mark.parametrize("name", ["model_fingerprint", "config_fingerprint"])
-    def test_a_part_of_another_model_or_config(self, done, name):
-        self.edit(done, ["c"], lambda rows: [{**rows[0], name: "other"}])
-        assert self.problems(done)[0].endswith(f"{name.replace('_', ' ')} is other, the run's is {getattr(IDENTITY, name)}")
-
-    def test_a_torn_part(self, done):
-        torn = Path(runs.part_uri(done, ["c"]))
-        torn.write_bytes(torn.read_bytes()[:-100])
-        first, second = self.problems(done)
-        assert torn.name in first
-        assert second == "c: no row"
-
-    def test_a_part_with_other_columns(self, done):
-        uri = runs.part_uri(done, ["c"])
-        table = storage.read_table(uri)
-        storage.write_table(uri, table.drop_columns(["node"]))
-        assert "has no column node" in self.problems(done)[0]
-        poorer = pa.array([[]], pa.list_(pa.struct([("region", pa.string())])))
-        storage.write_table(uri, table.set_column(table.schema.get_field_index("regions"), "regions", poorer))
-        assert self.problems(done) == [f"{storage.name_of(uri)}: its columns are not those of a `scans` table"]
-
-    def test_a_missing_part_and_one_that_was_added(self, done):
-        gone = Path(runs.part_uri(done, ["c"]))
-        gone.rename(gone.with_name("0.parquet"))
-        assert self.problems(done) == ["0.parquet: a part that _SUCCESS.json does not name", f"{gone.name}: part is missing"]
-
-    def test_a_flipped_byte_anywhere_that_makes_a_difference(self, done):
-        """In masks, ids, metrics and the part's own description: found, or without effect on what is read."""
-        part = Path(runs.part_uri(done, ["a", "b"]))
-        whole, truth = part.read_bytes(), storage.read_table(str(part)).to_pylist()
-        found = 0
-        for place in np.random.default_rng(0).choice(len(whole), 40, replace=False):
-            part.write_bytes(flipped(whole, place))
-            problems = self.problems(done)
-            assert problems or storage.read_table(str(part)).to_pylist() == truth, f"byte {place}"
-            found += bool(problems)
-        assert found > 10
-
-    def test_a_flipped_byte_in_any_column(self, done):
-        part = Path(runs.part_uri(done, ["a", "b"]))
-        whole, footer = part.read_bytes(), pq.ParquetFile(part).metadata
-        columns = [footer.row_group(0).column(n) for n in range(footer.num_columns)]
-        for c in columns:
-            last = (c.dictionary_page_offset or c.data_page_offset) + c.total_compressed_size - 1
-            part.write_bytes(flipped(whole, last))
-            assert self.problems(done), f"column {c.path_in_schema}"
-
-
-def flipped(data, place):
-    """The data with one bit changed."""
-    changed = bytearray(data)
-    changed[place] ^= 1
-    return bytes(changed)
+def test_a_finished_run_says_what_it_holds_and_seals_every_file(done):
+    success, body = storage.read_json(f"{done}/_SUCCESS.json"), storage.read_json(f"{done}/run.json")
+    assert success["counts"] == body["counts"]
+    assert success["counts"] == {"found": 3, "ok": 2, "failed": 1, "duplicates_removed": 0, "labelled": 0, "evaluated": 0}
+    assert body["timings"] == {"total_s": 1.5}
+    parts = [f"scans/{storage.name_of(uri)}" for uri in runs.parts(done)]
+    assert list(success["files"]) == ["run.json", "metrics.parquet", *parts]
+    for name, seal in success["files"].items():
+        data = Path(done, name).read_bytes()
+        assert seal == {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def test_what_a_run_writes_is_json_anyone_reads(done):

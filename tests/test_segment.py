@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from brainseg import manifest, runs, segment, storage
+from brainseg.cli import main
 from brainseg.config import How, NetworkConfig, PrepareConfig, SegmentConfig, TrainConfig
-from brainseg.errors import FailureLimitError, PreflightError, RunError
+from brainseg.errors import ClusterError, ExitCode, FailureLimitError, PreflightError, RunError
 from brainseg.model import ModelCard, Split, save_model
 from brainseg.phantom import write_archive
 from brainseg.tables import METRICS, SCANS
@@ -166,6 +168,69 @@ def test_a_killed_driver_loses_nothing_and_the_next_one_redoes_nothing(model: st
     assert len(rows) == 40
     assert all(rows[s]["finished_at"] == when for s, when in done.items())
     assert segment.verify_run(run) == []
+
+
+def test_a_driver_that_is_overtaken_while_it_works_stops_and_spoils_nothing(archive: Path, model: str, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    place = storage.join(run, "lease.json")
+
+    def overtake(_: segment.Progress) -> None:
+        known = storage.read_json(place)
+        storage.write_json(place, {**known, "generation": known["generation"] + 1, "pid": 1, "host": "elsewhere"})
+
+    with pytest.raises(RunError, match=r"process 1 on elsewhere\) has taken over this run"):
+        segment.segment_archive(str(archive), model, run, SegmentConfig(), How(actors=1), segment.Ear(tick=overtake))
+    assert not storage.exists(storage.join(run, "_SUCCESS.json"))
+    assert len(rows_of(run)) < SCANS_MADE
+    storage.write_json(place, {**storage.read_json(place), "released": True})
+    segment.segment_archive(str(archive), model, run, SegmentConfig())
+    assert segment.verify_run(run) == []
+
+
+def test_a_cluster_without_room_ends_in_one_error_and_not_in_silence(
+    archive: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @ray.remote
+    class Hog:
+        def has_begun(self) -> bool:
+            return True
+
+    monkeypatch.setattr(segment, "STANDSTILL_S", 3.0)
+    hog = Hog.options(num_cpus=ray.cluster_resources()["CPU"]).remote()  # type: ignore[attr-defined]
+    assert ray.get(hog.has_begun.remote())
+    said: list[str] = []
+    try:
+        with pytest.raises(ClusterError, match="nothing has moved for too long"):
+            segment.segment_archive(
+                str(archive), model, str(tmp_path / "run"), SegmentConfig(), How(scan_seconds=0.1), segment.Ear(said.append)
+            )
+    finally:
+        ray.kill(hog)
+    assert any("CPUs are free now; waiting for other jobs" in line for line in said)
+
+
+def test_every_exit_code_says_what_it_means(
+    archive: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def brainseg(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["brainseg", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    run = str(tmp_path / "run")
+    words = ("segment", str(archive), "--model", model, "--out", run)
+    code, said = brainseg(*words, "--max-failures", "10%")
+    assert (code, said.splitlines()[-1].split(";")[0]) == (ExitCode.FAILURE_LIMIT, "brainseg: 2 scans failed, the limit is 1")
+    assert brainseg(*words, "--max-failures", str(BROKEN))[0] == ExitCode.SOME_FAILED
+    assert brainseg("verify", run)[0] == ExitCode.OK
+    other = untrained_model(tmp_path / "other", seed=1)
+    assert brainseg("segment", str(archive), "--model", other, "--out", run)[0] == ExitCode.USAGE
+    part = Path(runs.parts(run)[0])
+    part.write_bytes(part.read_bytes()[:-9])
+    assert brainseg("verify", run)[0] == ExitCode.CRASH
+    assert brainseg(*words)[0] == ExitCode.SOME_FAILED
+    assert brainseg("verify", run)[0] == ExitCode.OK
 
 
 def test_a_manifest_and_its_archive_are_the_same_source(finished: str, archive: Path, model: str, tmp_path: Path) -> None:

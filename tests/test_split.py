@@ -68,7 +68,7 @@ def test_a_patient_divided_by_the_folds_is_named():
     mixed = [*rows, make_row("nameless", None, fold=2)]
     with pytest.raises(LeakageError, match="p1"):
         split_rows(mixed, tiny_config())
-    split, parts = split_rows(rows, tiny_config(accept_leakage=True))
+    split, _ = split_rows(rows, tiny_config(accept_leakage=True))
     assert split.unit == "scan"
     assert split.part_of("p1", "extra") == "test"
     others = [r["scan_id"] for r in rows if r["patient_id"] == "p1" and r["scan_id"] != "extra"]

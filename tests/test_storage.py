@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fault_proxy import faulty_store, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_stores import BUCKET, SWIFT_KEYS, moto_store, surroundings
@@ -195,7 +196,7 @@ class TestEveryStorage:
         assert storage.read_bytes(f"{base}/x") == f"writer {won.index(True)}".encode()
 
     def test_many_files_are_listed_once_each_and_deleted(self, base: str) -> None:
-        wanted = [f"{n:04d}" for n in range(300)]
+        wanted = [f"{n:04d}" for n in range(260)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda name: storage.write_bytes(f"{base}/{name}", name.encode()), wanted))
         assert names(base) == wanted

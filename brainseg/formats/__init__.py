@@ -17,8 +17,10 @@ MAX_VOXELS = 200_000_000
 """The largest volume that is read: a field of view of 240x240x200 mm at 0.4 mm is 180 million voxels."""
 MAX_BYTES = 4 * MAX_VOXELS
 """The most that one file, and all files of one scan together, may decode to: a few times this is held at once, never 2 GiB."""
-MAX_SLICE_BYTES = MAX_BYTES // 4
+MAX_SLICE_BYTES = MAX_BYTES // 8
 """The most that one slice of a stack may decode to; no scanner writes a tenth of it."""
+MODEST_BYTES, MOST_RATIO = 1 << 26, 100
+"""An image beyond the first size must fill its files: noise packs to a half, a head in much air to a thirtieth, bombs to less."""
 
 
 @dataclass(frozen=True)

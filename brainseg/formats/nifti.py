@@ -116,7 +116,7 @@ def read_nifti(data: bytes, name: str, at_most: int = MAX_BYTES) -> Decoded:
     plan = _judge(head, data, notes)
     if max(plan.decoded_bytes, plan.end) > at_most:
         found = f"a claim of {plan.grid.describe()} of {plan.dtype.itemsize} bytes each"
-        raise notes.error(Code.TOO_LARGE, f"found {found}, expected at most {at_most:,} bytes, all files of a scan together")
+        raise notes.error(Code.TOO_LARGE, f"found {found}, expected at most {at_most:,} bytes, by the size of the scan's files")
     content = unpack(data, plan.end, notes) if packed else _whole(data, plan, notes)
     _check_extensions(content, plan, notes)
     stored = np.frombuffer(content, plan.dtype, plan.voxels, plan.offset).reshape(plan.grid.shape)
@@ -252,7 +252,7 @@ def _scale(slope: float, inter: float, notes: Notes) -> tuple[float, float]:
     """Return slope and intercept to apply, (1, 0) for none: slope 0 means none, and so do NaN slopes of older writers."""
     if slope == 0.0:
         return 1.0, 0.0
-    if np.isnan(slope) or 0.0 < abs(slope) < np.finfo(np.float32).tiny:
+    if np.isnan(slope) or 0.0 < abs(slope) < float(np.finfo(np.float32).tiny):
         notes.warn(Code.BAD_SCALE, f"found slope {slope:g}, which float32 cannot apply; stored values were used")
         return 1.0, 0.0
     if not np.isfinite([slope, inter]).all():

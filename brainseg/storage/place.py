@@ -162,15 +162,19 @@ def is_temporary(name: str) -> bool:
 
 
 def check_probe(store: Store, folder: str) -> None:
-    """Put, read back and delete a probe below `folder`."""
-    probe = join(folder, temporary_name("probe"))
-    content = f"brainseg {time.time_ns()}".encode()
-    store.write_bytes(probe, content)
+    """Put, read back and delete a probe below `folder`; StorageError names the folder where one of these fails."""
+    name, content = temporary_name("probe"), f"brainseg {time.time_ns()}".encode()
+    probe = join(folder, name)
     try:
-        if store.read_bytes(probe) != content:
-            raise StorageError(f"{folder} does not give back what was written to it")
-    finally:
-        store.delete(probe)
+        store.write_bytes(probe, content)
+        try:
+            given = store.read_bytes(probe)
+        finally:
+            store.delete(probe)
+    except StorageError as error:
+        raise StorageError(str(error).replace(f"/{name}", "")) from error
+    if given != content:
+        raise StorageError(f"{folder} does not give back what was written to it")
 
 
 @contextmanager

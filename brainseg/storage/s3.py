@@ -38,13 +38,14 @@ MOST_BYTES = 5 << 30
 KEYS_A_PAGE = 1000
 KEYS_A_DELETION = 250
 SETTLE_S = 1.0
+"""How long a store other than AWS may take for puts that passed the condition "not there yet" together."""
 
 
 class ObjectStore:
     """The buckets that this process's endpoint and credentials open."""
 
-    def __init__(self, patience: Patience = PATIENT, *, settle_s: float = SETTLE_S) -> None:
-        self._patience, self._settle_s = patience, settle_s
+    def __init__(self, patience: Patience = PATIENT) -> None:
+        self._patience = patience
 
     def _whole(self, doing: str, uri: str, request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         bucket, key = split_uri(uri)
@@ -116,7 +117,7 @@ class ObjectStore:
 
         def mine(attempt: Attempt, bucket: str, key: str) -> bool:
             if not is_aws(attempt):
-                sleep(self._settle_s)
+                sleep(SETTLE_S)
             return put.is_what_lies_there(attempt, bucket, key)
 
         def create(attempt: Attempt, bucket: str, key: str) -> bool:
@@ -146,13 +147,13 @@ class ObjectStore:
     # ---- before and after ---------------------------------------------------------------------------------------
 
     def check_readable(self, uri: str) -> None:
-        """Look for the object, or for the first one below it."""
-        if self.exists(uri):
+        """Read a byte of the object, or of the first one below it. Unlike a look, a refused reading says why."""
+        if split_uri(uri)[1] and self._whole("read", uri, s3_requests.read_range, "0-0", missing=None) is not None:
             return
         first = next(self._items(uri, most=1), None)
         if first is None:
             raise StorageError(one_line("read", uri, "there is no such object, and none below it"))
-        self._whole("read", _uri_in(uri, first.key), s3_requests.head)
+        self._whole("read", _uri_in(uri, first.key), s3_requests.read_range, "0-0")
 
     def check_writable(self, folder: str) -> None:
         """Put, read back and delete a probe below a prefix."""

@@ -45,7 +45,7 @@ def good_scans(cohort: Cohort) -> list[str]:
     return sorted(scan for scan, (status, *_) in cohort.undisturbed.items() if status == "ok")
 
 
-@pytest.mark.parametrize("plan", ["fused", "apart"])
+@pytest.mark.parametrize("plan", ["fused", pytest.param("apart", marks=pytest.mark.slow)])
 def test_bad_scans_become_rows_and_the_others_are_as_ever(cohort: Cohort, folder: Path, plan: str) -> None:
     run = str(folder / plan)
     deadly, stuck, greedy = good_scans(cohort)[1::3][:3]
@@ -80,7 +80,7 @@ def test_a_whole_mount_that_hangs_ends_as_timeouts_and_wears_out_processes(cohor
     driver = drive(cohort, folder, run, dict.fromkeys(stuck, "hang"), "--actors", "1", "--scan-seconds", "1")
     assert driver.process.returncode == ExitCode.SOME_FAILED, driver.lines()
     outcome = {scan: row[:3] for scan, (row,) in victims.rows_of(run).items()}
-    assert outcome == {**cohort.undisturbed, **{scan: ("failed", "TIMEOUT", None) for scan in stuck}}
+    assert outcome == {**cohort.undisturbed, **dict.fromkeys(stuck, ("failed", "TIMEOUT", None))}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Kills: whatever process of a bulk run dies, and whenever, nothing is lost, doubled or half-written, and the answer is the same.
+"""Kills: whatever process of a bulk run dies, and whenever, nothing is lost, doubled or torn, and the answer is the same.
 
     pytest -m slow tests/faults/test_kills.py -s        a hundred kills at random moments, with a table of what came of them
 
@@ -25,6 +25,10 @@ from brainseg.errors import ExitCode
 KINDS = ("actor", "decode", "writer", "raylet", "driver")
 ENDS_THE_DRIVER = ("raylet", "driver")
 LONG_KILLS = 100
+EARLY, LATE = 0.2, 0.25
+"""Shares of the drivers that are killed while they start, and while they close the run."""
+AFTER_PROGRESS = 0.8
+"""Share of the kills before which at least one more part is let through; the others follow on the heels of the last."""
 START_S = 180.0
 """A driver that has not come up by then never will; generous, because tests share a machine."""
 
@@ -75,10 +79,17 @@ class Campaign:
         self, driver: Driver, run: str, planned: list[str], promised: list[tuple[str, dict[str, object]]]
     ) -> str | None:
         """Kill one victim after the other until the driver ends; returns what ended it, None for the end of its work."""
-        _wait_for_work(driver, run)
+        if planned[:1] == ["driver"] and self.rng.random() < EARLY:
+            time.sleep(self.rng.uniform(0, 10))
+        else:
+            _wait_for_work(driver, run)
         while planned and driver.lives():
             kind = planned[0]
             self.strays.update(victims.processes_below(driver.pid))
+            if kind == "driver" and self.rng.random() < LATE:
+                self._wait_until(driver, run, len(self.cohort.undisturbed))
+            elif self.rng.random() < AFTER_PROGRESS and promised:
+                self._wait_until(driver, run, len(promised[-1][1]) + 1)
             if not victims.kill_one(driver, kind, run, self.rng):
                 continue
             planned.pop(0)
@@ -86,9 +97,15 @@ class Campaign:
             promised.append((kind, done))
             self.tallies[kind].kills += 1
             self.tallies[kind].kept += len(done)
+            print(f"{time.strftime('%X')} {run[-7:]}: killed {kind}, {len(done)} scans done, {len(planned)} kills to come")
             if kind in ENDS_THE_DRIVER:
                 return kind
         return None
+
+    def _wait_until(self, driver: Driver, run: str, num_done: int) -> None:
+        """Until so many scans are done. With all of them, the driver is about to settle, derive and close the run."""
+        while driver.lives() and len(victims.rows_of(run)) < num_done:
+            time.sleep(0.05)
 
     def _compare(self, run: str, promised: list[tuple[str, dict[str, object]]]) -> None:
         """Every scan exactly once, as in the undisturbed run; what was done when somebody was killed is still that row."""
@@ -120,11 +137,11 @@ def _check_end(driver: Driver, code: int, died_by: str | None) -> None:
     """A driver ends as it should: its work done, killed, or with one clear line when its Ray died."""
     if died_by == "driver":
         assert code == -9
-    elif died_by == "raylet":
-        assert code == ExitCode.CRASH, driver.lines()
-        assert sum(line.startswith("brainseg: ") for line in driver.lines()) == 1, driver.lines()
+    elif died_by == "raylet" and code != ExitCode.SOME_FAILED:  # which means that all was done before
+        assert code == ExitCode.CRASH, driver.said_last()
+        assert sum(line.startswith("brainseg: ") for line in driver.lines()) == 1, driver.said_last()
     else:
-        assert code == ExitCode.SOME_FAILED, driver.lines()
+        assert code == ExitCode.SOME_FAILED, driver.said_last()
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +179,7 @@ def test_a_hundred_kills_lose_nothing(folder: Path, plan: str) -> None:
     rng.shuffle(planned)
     place = folder / plan
     place.mkdir()
-    campaign = Campaign(make_cohort(place, 240), place, rng, plan)
+    campaign = Campaign(make_cohort(place, 600), place, rng, plan)
     expected = Counter(planned)
     campaign.go(planned)
     print(f"\nplan {plan}\n{campaign.table()}")

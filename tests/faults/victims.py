@@ -46,6 +46,9 @@ class Driver:
     def lives(self) -> bool:
         return self.process.poll() is None
 
+    def said_last(self) -> str:
+        return "\n".join(self.lines()[-12:])
+
     def lines(self) -> list[str]:
         return [line for line in self.said.read_text().splitlines() if line.strip()]
 
@@ -107,10 +110,12 @@ def kill_one(driver: Driver, kind: str, run: str, rng: random.Random, patience_s
     time.sleep(rng.uniform(0, 1.0))
     deadline = time.monotonic() + patience_s
     while driver.lives() and time.monotonic() < deadline:
-        found = [driver.pid] if kind == "driver" else find(driver, kind)
+        if kind == "driver":
+            return kill(driver.pid) and driver.process.wait() == -signal.SIGKILL
+        found = find(driver, kind)
         if found and kill(rng.choice(found)):
             return True
-        time.sleep(0.01)
+        time.sleep(0.02)
     return False
 
 

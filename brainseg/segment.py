@@ -280,6 +280,7 @@ def _receipts(todo: pa.Table, job: Job, plan: Plan) -> Iterator[Mapping[str, Any
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
+    context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = STANDSTILL_S + plan.scans_per_part * job.scan_seconds
     yield from pipeline(todo, job, plan).iter_rows()
 

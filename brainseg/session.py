@@ -22,7 +22,8 @@ from brainseg.errors import BrainsegError, ClusterError, ExitCode, PreflightErro
 SPARE_CPUS = 2
 """Logical CPUs a local Ray gets beyond the machine's cores, for the light tasks around the busy ones."""
 OBJECT_STORE_BYTES = 1 << 30
-QUIET_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
+QUIET_LOGGERS = {"ray": logging.ERROR, "ray.data": logging.CRITICAL, "ray.train": logging.ERROR, "ray.tune": logging.ERROR}
+"""What Ray Data says of an error it raises as well."""
 KEPT = "what is done is kept, and the same command goes on from there"
 DEATHS = (
     ray.exceptions.ActorDiedError,
@@ -63,8 +64,8 @@ def connect() -> Cluster:
     local = not os.environ.get("RAY_ADDRESS") and not os.environ.get("RAY_JOB_ID")
     if not ray.is_initialized():
         _start_local() if local else ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, level in QUIET_LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     cpus = total.get("CPU", 0.0)

@@ -44,7 +44,7 @@ def _size_of(uri: str) -> int:
 
 
 def read_json(uri: str, *, finite: bool = True) -> Any:
-    """What a JSON file holds: bounded in size and depth, numbers within 64 bits and `finite`. StorageError where it is not so."""
+    """What a JSON file holds: bounded in size and depth, numbers within 64 bits and `finite`. StorageError if not."""
     data = read_limited(uri, MOST_JSON_BYTES)
     try:
         if data.count(b"[") + data.count(b"{") > MOST_JSON_GROUPS:

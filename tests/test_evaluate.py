@@ -222,6 +222,10 @@ class TestWhatItSays:
         copied = storage.read_table(storage.join(run, "baselines.parquet")).to_pylist()
         mean = np.mean([r["dice"] for r in copied if r["baseline"] == "nearest_training_mask"])
         assert f"with no model at all, scores Dice {mean:.3f}" in alerts[1]
+        report.build_report([run], str(tmp_path / "page.html"))
+        page = (tmp_path / "page.html").read_text()
+        assert "Held-out test scans" in page
+        assert "Held-out test patients" not in page
 
 
 class TestRefusals:

@@ -196,8 +196,9 @@ def test_a_cluster_without_room_ends_in_one_error_and_not_in_silence(
             return True
 
     monkeypatch.setattr(segment, "STANDSTILL_S", 3.0)
+    print("free", ray.available_resources(), ray.cluster_resources())
     hog = Hog.options(num_cpus=ray.cluster_resources()["CPU"]).remote()  # type: ignore[attr-defined]
-    assert ray.get(hog.has_begun.remote())
+    assert ray.get(hog.has_begun.remote(), timeout=120)
     said: list[str] = []
     try:
         with pytest.raises(ClusterError, match="nothing has moved for too long"):

@@ -1,4 +1,4 @@
-"""Untrusted files: what a stranger made is read, refused or shown, and never executed, never let out of its folder."""
+"""Untrusted files: models and checkpoints that a stranger made are refused in one line, soon, and never executed."""
 
 import ast
 import hashlib
@@ -6,37 +6,23 @@ import json
 import pickle
 import resource
 import struct
-import sys
 import time
-import unicodedata
 import zipfile
-from html.parser import HTMLParser
 from pathlib import Path
 
 import factory
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from object_stores import BUCKET, moto_server, moto_store, s3, surroundings
+from object_stores import moto_store
 from safetensors.torch import load, save
 
-from brainseg import cache, manifest, report, runs, storage, weights
-from brainseg.cli import main
+from brainseg import cache, storage
 from brainseg.config import NetworkConfig, SegmentConfig
-from brainseg.console import Voice
 from brainseg.course import restored
 from brainseg.errors import BrainsegError, ScanError, StorageError, UsageError
-from brainseg.export import export_run, file_name
-from brainseg.formats.nifti import write_nifti
-from brainseg.geometry import Grid
 from brainseg.learn import Worker, make_learner, state_tensors
 from brainseg.model import CARD, WEIGHTS, load_model, save_model
-from brainseg.tables import MANIFEST, SCANS
-from brainseg.unet import UNet
-from brainseg.verify import verify_run
 
 PACKAGE = Path(__file__).parents[1] / "brainseg"
 MOST_SECONDS, MOST_BYTES = 5.0, 2 << 30
@@ -209,7 +195,7 @@ class TestModel:
         tensors = load((model / WEIGHTS).read_bytes())
         self.with_weights(model, save({k: v for k, v in tensors.items() if k != "head.bias"}))
         assert "head.bias is missing" in self.refused(model)
-        self.with_weights(model, save({**tensors, "../../\x1b[2Jx": tensors["head.bias"]}))
+        self.with_weights(model, save({**tensors, "../../\x1b[2Jx": tensors["head.bias"].clone()}))
         assert "belongs to no layer" in self.refused(model)
 
     def test_a_variance_below_zero(self, tmp_path):
@@ -258,7 +244,7 @@ class TestModel:
             ({"network": {"widths": [8, 8], "import": "os"}}, "network.import"),
             ({"network": {"widths": [10**9, 10**9]}}, "no network can be built|would take"),
             ({"network": {"widths": [4096, 4096, 4096]}}, "would take"),
-            ({"network": {"widths": [10**30, 8]}}, "widths"),
+            ({"network": {"widths": [10**30, 8]}}, "more than 64 bits"),
             ({"network": {"widths": [1] * 100_000}}, "levels do not fit"),
             ({"network": {"widths": [0, 8]}}, "widths"),
             ({"network": {"widths": [8, 8], "context_slices": 10**6}}, "context_slices"),
@@ -450,6 +436,7 @@ CALLS_THAT_RUN |= {
     "load_from_checkpoint",
 }
 LOADERS = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("yaml", "load"), ("np", "fromfile"), ("torch", "hub")}
+PICKLED = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list"}
 TRANSPORT = {("course.py", "all_gather_object")}
 """What the workers of one training tell each other, as Ray's own transport does."""
 
@@ -465,11 +452,11 @@ def ways_to_run_code(tree, name):
             called = node.func
             word = called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
             owner = called.value.id if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) else ""
-            is_re = owner == "re" and word == "compile"
+            is_harmless = (owner, word) in {("re", "compile"), ("network", "eval")}
             keywords = {k.arg for k in node.keywords}
-            if (word in CALLS_THAT_RUN and not is_re) or (owner, word) in LOADERS or "allow_pickle" in keywords:
+            if (word in CALLS_THAT_RUN and not is_harmless) or (owner, word) in LOADERS or "allow_pickle" in keywords:
                 yield f"{owner}.{word}"
-            elif word.endswith("_object") and (name, word) not in TRANSPORT:
+            elif word in PICKLED and (name, word) not in TRANSPORT:
                 yield word
 
 

@@ -20,7 +20,7 @@ MAX_BYTES = 4 * MAX_VOXELS
 MAX_SLICE_BYTES = MAX_BYTES // 8
 """The most that one slice of a stack may decode to; no scanner writes a tenth of it."""
 MODEST_BYTES, MOST_RATIO = 1 << 26, 100
-"""An image beyond the first size must fill its files: noise packs to a half, a head in much air to a thirtieth, bombs to less."""
+"""An image beyond the first size must fill its files: noise packs to a half, a head in much air to a thirtieth at most."""
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,18 @@ counted, claims compared with the file, and photometry applied here. Tags: TIFF 
 
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from brainseg.errors import Code
-from brainseg.formats import MAX_SLICE_BYTES, Notes
+from brainseg.errors import Code, ScanError
+from brainseg.formats import Notes
+from brainseg.formats.pixels import require_size, without_alpha
 
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SUBFILE, WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION = 254, 256, 257, 258, 262, 274
 STRIP_OFFSETS, SAMPLES, STRIP_BYTES, PLANAR, SOFTWARE, COLOUR_MAP = 273, 277, 279, 284, 305, 320
 ROWS_PER_STRIP, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES, EXTRA_SAMPLES, DEPTH = 278, 322, 323, 324, 325, 338, 32997
@@ -52,23 +55,17 @@ def read_tiff(data: bytes, notes: Notes) -> NDArray[Any]:
     return _plain_type(_black_as_zero(array, tags, notes), notes)
 
 
-def require_size(width: int, height: int, channels: int, bits: int, notes: Notes) -> None:
-    """Refuse a picture without pixels, or one that claims more bytes than a slice may take."""
-    if width < 1 or height < 1:
-        raise notes.error(Code.CORRUPT, f"found a picture of {width}x{height} pixels, expected at least one")
-    if width * height * channels * max(bits, 8) > MAX_SLICE_BYTES * 8:
-        found = f"a claim of {width}x{height} pixels of {channels} x {bits} bits"
-        raise notes.error(Code.TOO_LARGE, f"found {found}, expected at most {MAX_SLICE_BYTES:,} bytes")
-
-
-def without_alpha(array: NDArray[Any], notes: Notes) -> NDArray[Any]:
-    """Drop the last channel; anything but full opacity is worth a warning."""
-    alpha = array[..., -1]
-    opaque = np.iinfo(alpha.dtype).max if alpha.dtype.kind == "u" else 1
-    if (alpha != opaque).any():
-        notes.warn(Code.ALPHA, "found an alpha channel that is not opaque throughout; it was dropped")
-    colours = array[..., :-1]
-    return colours[..., 0] if colours.shape[2] == 1 else colours
+def note_rotation(exif: bytes, notes: Notes) -> None:
+    """Note what a block of EXIF, which is a TIFF without a picture, says of turning; never what else it says."""
+    turn = None
+    if exif[:4] in TIFF_MAGICS:
+        with suppress(ScanError):
+            turn = _one(next(_directories(exif, notes), {}), ORIENTATION, 1)
+    if turn is None or not 1 <= turn <= 8:
+        notes.warn(Code.EXIF_ROTATION, "found EXIF data that cannot be read; the pixels were left as stored")
+    elif turn != 1:
+        text = f"found EXIF orientation {turn}; the pixels were left as stored, where their mask lies"
+        notes.warn(Code.EXIF_ROTATION, text)
 
 
 def _single_page(data: bytes, notes: Notes) -> tuple[int, Tags]:

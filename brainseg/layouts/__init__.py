@@ -25,7 +25,7 @@ SLICE_READERS = ("stack", "h5slices")
 """Readers of scans that are stored a file a slice, in an order that `Source.index` gives."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.+-]+")
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in "123456789¹²³")}
 _PERSONAL = re.compile(
     r"(^|[^a-z])(age|gender|sex|race|ethnic(ity)?|dea(d|th)|died|survival|(sur)?name|birth(date|day)?|dob|born|address|mrn|date)([^a-z]|$)"
 )

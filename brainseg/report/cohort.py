@@ -119,6 +119,7 @@ def _run(run: Run) -> dict[str, Any]:
             "held_out_dice": _mean_dice_per_region((model.get("metrics") or {}).get("held_out")),
             "split": {side: len(split.get(side) or ()) for side in ("train", "validation", "test")},
             "unit": split.get("unit") or "patient",
+            "accept_leakage": bool(model.get("accept_leakage")),
             "audit": {name: (model.get("audit") or {}).get(name) for name in ("verdict", "reason")},
         },
     }

@@ -26,6 +26,13 @@ TITLES = {
     "validation": ("Validation patients", "chose the checkpoint: these figures are too kind"),
     "train": ("Seen in training", "the model learnt from these scans: this is no evaluation"),
 }
+LEAKY_TITLES = {
+    **TITLES,
+    "test": ("Held-out test scans", "not trained on, but scans of the same patients may have been"),
+    "outside": ("Scans outside the model's split", "named in no part of it; their patients may have been trained on"),
+    "validation": ("Validation scans", "chose the checkpoint: these figures are too kind"),
+}
+"""Where leakage was accepted: then nothing is said of patients."""
 RULES = {
     "exclude": "mean over scans; scans where label and prediction are both empty are left out",
     "brats": "mean over scans; scans where label and prediction are both empty count 1, an infinite HD95 counts 373.13 mm",
@@ -41,7 +48,7 @@ def render(cohort: Cohort, summary: Mapping[str, Any]) -> str:
     lead = next((group for group in summary["groups"] if group["split"] == leading), None)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         s=summary,
-        titles=TITLES,
+        titles=LEAKY_TITLES if any(run["model"]["accept_leakage"] for run in summary["runs"]) else TITLES,
         rule=RULES[summary["rule"]],
         lead=lead,
         others=[group for group in summary["groups"] if group["split"] != leading],

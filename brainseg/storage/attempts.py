@@ -80,12 +80,13 @@ _NEVER: Any = object()
 def whole(doing: str, uri: str, call: Callable[[Attempt], T], patience: Patience = PATIENT, *, missing: Any = _NEVER) -> T:
     """Run one whole operation, again while it fails for passing reasons; `missing` is the answer for an absent object."""
     from botocore.exceptions import BotoCoreError, ClientError
+    from urllib3.exceptions import HTTPError  # botocore translates most of them, not those of TLS in mid-body
 
     attempt = Attempt(patience)
     while True:
         try:
             return call(attempt)
-        except (BotoCoreError, ClientError, DamagedError, OSError, ValueError) as error:
+        except (BotoCoreError, ClientError, HTTPError, DamagedError, OSError, ValueError) as error:
             if missing is not _NEVER and code_of(error) in ("404", "NoSuchKey", "NoSuchUpload"):
                 return missing  # type: ignore[no-any-return]
             wait_s = random.uniform(0.5, 1.0) * min(5.0, 0.05 * 2**attempt.number)
@@ -118,6 +119,7 @@ _PASSING_CODES = frozenset(
 _PASSING_ERRORS = frozenset(
     {
         "DamagedError",
+        "HTTPError",
         "HTTPClientError",
         "IncompleteReadError",
         "ResponseStreamingError",
@@ -216,10 +218,13 @@ def _endpoint(made: Any) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _session(process: int) -> Any:
+def _session(process: int) -> tuple[Any, Any]:
+    """The process's botocore session, which knows the settings, and boto3's around it."""
     import boto3
+    from botocore.session import get_session
 
-    return boto3.session.Session()
+    core = get_session()
+    return core, boto3.session.Session(botocore_session=core)
 
 
 @functools.lru_cache(maxsize=4)
@@ -227,9 +232,9 @@ def client(process: int, patience: Patience) -> Any:
     """The process's S3 client for one patience; `process` is its id, so that a fork makes its own."""
     from botocore.config import Config
 
-    session = _session(process)
+    core, session = _session(process)
     timeouts = {"connect_timeout": patience.connect_s, "read_timeout": patience.read_s}
-    checksums = {} if _chooses_checksums(session) else {"request_checksum_calculation": "when_required"}
+    checksums = {} if _chooses_checksums(core) else {"request_checksum_calculation": "when_required"}
     retries = {"mode": "standard", "total_max_attempts": 1}
     config = Config(retries=retries, max_pool_connections=32, tcp_keepalive=True, **timeouts, **checksums)
     made = session.client("s3", config=config)
@@ -254,10 +259,15 @@ def is_aws(attempt: Attempt) -> bool:
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
-def _chooses_checksums(session: Any) -> bool:
+def _chooses_checksums(core: Any) -> bool:
     """Whether the user has said when to add checksums; stores other than AWS may refuse boto3's default."""
     name = "request_checksum_calculation"
-    return f"AWS_{name.upper()}" in os.environ or name in session._session.get_scoped_config()  # boto3 has no other door
+    return f"AWS_{name.upper()}" in os.environ or name in core.get_scoped_config()
+
+
+def adds_checksums(attempt: Attempt) -> bool:
+    """Whether the client proves by a checksum of its own what it puts."""
+    return str(attempt.client.meta.config.request_checksum_calculation) == "when_supported"
 
 
 def _add_md5(params: dict[str, Any], **_: object) -> None:

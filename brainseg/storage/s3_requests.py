@@ -15,7 +15,16 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from brainseg.errors import StorageError
-from brainseg.storage.attempts import Attempt, DamagedError, code_of, is_encrypted, is_passing_code, plain_words, status_of
+from brainseg.storage.attempts import (
+    Attempt,
+    DamagedError,
+    adds_checksums,
+    code_of,
+    is_encrypted,
+    is_passing_code,
+    plain_words,
+    status_of,
+)
 from brainseg.storage.place import SCHEME, Leftover, one_line
 
 CHUNK_BYTES = 1 << 20
@@ -164,7 +173,8 @@ class Put:
             raise
 
     def _send(self, attempt: Attempt, bucket: str, key: str, **conditions: str) -> None:
-        answer = attempt.client.put_object(Bucket=bucket, Key=key, Body=self._data, ContentMD5=self._digest, **conditions)
+        proof = {} if adds_checksums(attempt) else {"ContentMD5": self._digest}
+        answer = attempt.client.put_object(Bucket=bucket, Key=key, Body=self._data, **proof, **conditions)
         _check_md5(answer, self._md5)
 
     def _has_arrived(self, attempt: Attempt, bucket: str, key: str) -> bool:

@@ -22,7 +22,7 @@ from brainseg.config import How, SegmentConfig
 from brainseg.errors import FailureLimitError, PreflightError, UsageError
 from brainseg.lease import Lease, refuse_if_held
 from brainseg.model import ModelCard, fingerprint_of, load_card, resolved
-from brainseg.session import Cluster, connect, lifeline, plain_words, require, require_room
+from brainseg.session import Cluster, await_room, connect, lifeline, plain_words, require, require_room
 from brainseg.stages import Job
 from brainseg.verify import verify_run as verify_run
 from brainseg.versions import versions
@@ -182,6 +182,7 @@ def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive)
     if cluster.free_cpus is not None and cluster.free_cpus < plan.actors * plan.actor_cpus + 1:
         ear.say(f"only {cluster.free_cpus:g} of the cluster's {cluster.cpus:g} CPUs are free now; waiting for other jobs")
     with lifeline(), plain_words():
+        await_room(STANDSTILL_S)
         for receipt in _receipts(todo, job, plan):
             _take(progress, receipt)
             ear.tick(progress)

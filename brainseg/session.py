@@ -119,6 +119,20 @@ def require_room(cluster: Cluster, processes: int, *, cpus: float, gpus: float, 
         raise PreflightError(f"{text}. Ask for fewer workers.")
 
 
+def await_room(seconds: float) -> None:
+    """Wait until one CPU of the cluster is free. Raises Ray's GetTimeoutError: Ray Data itself would wait without an end."""
+    probe = ray.remote(num_cpus=1)(_is_here).remote()
+    try:
+        ray.get(probe, timeout=seconds)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(probe)
+        raise
+
+
+def _is_here() -> bool:
+    return True
+
+
 @contextmanager
 def lifeline() -> Iterator[None]:
     """While inside: when this machine's Ray dies, say so in one line and end the process with exit code 1.

@@ -47,7 +47,8 @@ class Part:
     """What one part holds: per row the scan, whether it is ok, and a digest of its figures; and what is wrong with it."""
 
     problems: list[str] = field(default_factory=list)
-    rows: list[tuple[str, bool, int]] = field(default_factory=list)
+    rows: list[tuple[str, bool, int | None]] = field(default_factory=list)
+    """No digest where the columns are others: which scans stand there is known all the same."""
 
 
 def verify_run(run: str) -> list[str]:
@@ -59,7 +60,7 @@ def verify_run(run: str) -> list[str]:
     there, strange = _files(run)
     problems += [*strange, *_presence(claim, success, there)]
     seen: dict[str, int] = {}
-    figures: dict[str, int] = {}
+    figures: dict[str, int | None] = {}
     num_ok = 0
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         for part in pool.map(partial(_examine, claim), there):
@@ -208,9 +209,13 @@ def _examine(claim: Claim, name: str) -> Part:
         data = storage.read_bytes(uri)
         other = _other_bytes(data, claim.named.get(name))
         part.problems += [f"{name}: {other}"] if other else []
-        rows = _rows(data, uri)
+        rows, ids = _rows(data, uri)
     except StorageError as error:
         part.problems.append(str(error))
+        return part
+    if rows is None:
+        part.problems.append(f"{name}: its columns are not those of a `{PARTS}` table of this version")
+        part.rows += [(scan_id, False, None) for scan_id in ids]
         return part
     for row in rows:
         digest = sum(_digest(entry) for entry in runs.metrics_of(row, claim.split))
@@ -219,17 +224,20 @@ def _examine(claim: Claim, name: str) -> Part:
     return part
 
 
-def _rows(data: bytes, uri: str) -> list[dict[str, Any]]:
-    """The rows of a part, with `found_sha256` in place of the mask. StorageError where the bytes are no part."""
+def _rows(data: bytes, uri: str) -> tuple[list[dict[str, Any]] | None, list[str]]:
+    """The rows of a part, with `found_sha256` in place of the mask, and its ids; no rows where its columns are not ours.
+
+    StorageError where the bytes are no Parquet.
+    """
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
-            is_ours = file.schema_arrow.equals(SCANS)
-            rows = _plain(file.read().select(list(NEEDED))) if is_ours else []
-    except Exception as error:
+            if file.schema_arrow.equals(SCANS):
+                rows = _plain(file.read().select(list(NEEDED)))
+                return rows, [row["scan_id"] for row in rows]
+            has_ids = "scan_id" in file.schema_arrow.names
+            return None, [str(i) for i in file.read(["scan_id"])["scan_id"].to_pylist()] if has_ids else []
+    except Exception as error:  # a foreign decoder on bytes that may be damaged anywhere
         raise StorageError(f"could not read as Parquet {uri}: {one_line(str(error))[:200]}") from error
-    if not is_ours:
-        raise StorageError(f"{uri}: its columns are not those of a `{PARTS}` table")
-    return rows
 
 
 def _plain(table: pa.Table) -> list[dict[str, Any]]:
@@ -259,7 +267,7 @@ def _row_problems(row: Mapping[str, Any], claim: Claim, part: str) -> Iterator[s
 # ---- the figures beside the parts ------------------------------------------------------------------------------------
 
 
-def _metrics_problems(claim: Claim, figures: Mapping[str, int]) -> Iterator[str]:
+def _metrics_problems(claim: Claim, figures: Mapping[str, int | None]) -> Iterator[str]:
     """Where metrics.parquet is not what the parts make of it."""
     if claim.is_evaluated:
         return
@@ -268,12 +276,9 @@ def _metrics_problems(claim: Claim, figures: Mapping[str, int]) -> Iterator[str]
     except StorageError as error:
         yield f"{runs.METRICS_FILE}: {error}"
         return
-    ids = (found.keys() | figures.keys()) if found != figures else ()
-    yield from (
-        f"{s}: its figures in {runs.METRICS_FILE} are not those of its row"
-        for s in sorted(ids)
-        if found.get(s, 0) != figures.get(s, 0)
-    )
+    for scan_id in sorted(found.keys() | figures.keys()):
+        if figures.get(scan_id, 0) not in (None, found.get(scan_id, 0)):
+            yield f"{scan_id}: its figures in {runs.METRICS_FILE} are not those of its row"
 
 
 def _metrics(uri: str) -> dict[str, int]:

@@ -12,7 +12,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import venv
@@ -226,14 +225,15 @@ _FILTERS = {
 
 
 class Swift:
-    """A single-node Swift with its S3 interface, everything below one folder; start it with `with`."""
+    """A single-node Swift with its S3 interface, everything below one folder."""
 
     def __init__(self, binaries: Path, root: Path) -> None:
         self._binaries, self._root, self._started = binaries, root, list[subprocess.Popen[bytes]]()
         self._ports = _free_ports(4)
         self.endpoint = f"http://127.0.0.1:{self._ports[3]}"
 
-    def __enter__(self) -> "Swift":
+    def start(self) -> None:
+        """Bring it up, with the bucket in it; skip where that fails."""
         etc = self._root / "etc"
         for folder in (etc, self._root / "node/d1"):
             folder.mkdir(parents=True)
@@ -243,11 +243,11 @@ class Swift:
             self._serve(kind, port, f"[pipeline:main]\npipeline = {kind}-server\n[app:{kind}-server]\nuse = egg:swift#{kind}\n")
         self._serve("proxy", self._ports[3], _proxy_sections())
         self._wait()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        for process in self._started:
-            process.terminate()
+    def stop(self) -> None:
+        """End what was started, however far that came."""
+        for process in self._started:  # nothing of theirs is to be kept
+            process.kill()
         for process in self._started:
             process.wait(10)
 
@@ -293,17 +293,22 @@ def swift_server(root: Path) -> Iterator[str]:
     """A fresh Swift with the bucket in it; returns its endpoint. Skips, with the reason, where it cannot be had."""
     place = Path(os.environ.get(SWIFT_VENV) or root / "venv")
     if not (place / "bin/swift-proxy-server").exists():
-        venv.create(place, with_pip=True)
+        try:
+            venv.create(place, with_pip=True)
+        except (subprocess.CalledProcessError, OSError) as error:
+            pytest.skip(f"no virtual environment for Swift can be made: {error}")
         install = [place / "bin/pip", "install", "-q", "--disable-pip-version-check", "swift", "setuptools<81"]
         done = subprocess.run(install, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"Swift cannot be installed: {done.stderr.strip()[-300:]}")
-    short = root / f"swift-{secrets.token_hex(4)}"
+    home = root / f"swift-{secrets.token_hex(4)}"
+    swift = Swift(place / "bin", home)
     try:
-        with Swift(place / "bin", short) as swift:
-            yield swift.endpoint
+        swift.start()
+        yield swift.endpoint
     finally:
-        shutil.rmtree(short, ignore_errors=True)
+        swift.stop()
+        shutil.rmtree(home, ignore_errors=True)
 
 
 # ---- the dead --------------------------------------------------------------------------------------------------------
@@ -325,9 +330,3 @@ def silent_server(*, takes_connections: bool) -> Iterator[str]:
 def closed_port() -> str:
     """An endpoint at which nothing listens."""
     return f"http://127.0.0.1:{_free_ports(1)[0]}"
-
-
-if __name__ == "__main__":
-    with swift_server(Path(sys.argv[1])) as started:
-        print(started, flush=True)
-        input()

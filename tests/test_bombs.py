@@ -145,9 +145,7 @@ def picture_bombs() -> Mapping[str, Callable[[], Kind]]:
         "a jpeg, as large as may be": lambda: image("b", picture("JPEG", large), "", "EMPTY_VOLUME", "x.jpg"),
         "a progressive jpeg": lambda: image("b", picture("JPEG", large, progressive=True), "", "EMPTY_VOLUME", "x.jpg"),
         "a gif, as large as may be": lambda: image("b", picture("GIF", large), "", "EMPTY_VOLUME", "x.gif"),
-        "a tiff of zeros": lambda: tiff(
-            "b", tif(np.zeros((9_900, 9_900), np.uint8), compression="deflate"), "", "TOO_LARGE"
-        ),
+        "a tiff of zeros": lambda: tiff("b", tif(np.zeros((9_900, 9_900), np.uint8), compression="deflate"), "", "TOO_LARGE"),
         "a tiff in tiles": lambda: tiff(
             "b", tif(np.zeros((9_900, 9_900), np.uint8), tile=(256, 256), compression="zstd"), "", "TOO_LARGE"
         ),

@@ -91,7 +91,7 @@ def verdict_on(row: dict[str, Any]) -> tuple[Scan | None, tuple[str, ...]]:
 
 @pytest.mark.parametrize("form", GOOD)
 @given(number=st.integers(0, 20), damage=DAMAGE)
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_file_is_read_or_refused(form, tmp_path, number, damage):
     requires_a_verdict(form, number, damage, tmp_path)
 

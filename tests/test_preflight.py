@@ -74,6 +74,7 @@ class TestMistakes:
         with silent_server(takes_connections=False) as endpoint, surroundings(endpoint):
             refused(lambda: storage.check_readable(f"{AT}/x"), f"nothing answers at {endpoint}")
 
+    @pytest.mark.slow
     def test_an_endpoint_that_never_answers(self) -> None:
         with silent_server(takes_connections=True) as endpoint, surroundings(endpoint):
             refused(lambda: storage.check_readable(f"{AT}/x"), f"{endpoint} takes connections and does not answer")
@@ -127,7 +128,7 @@ class TestEveryCommand:
         refused(lambda: TRY[word](f"{AT}/folder/x", "s3://no-such-bucket/run"), "no such bucket")
         assert [entry.uri for entry in storage.list_files(AT)] == before
 
-    @pytest.mark.parametrize("word", ["index", "train", "segment"])
+    @pytest.mark.parametrize("word", ["train", "segment"])
     def test_does_not_wait_for_an_endpoint_that_is_dead(self, word: str) -> None:
         with ExitStack() as stack:
             stack.enter_context(surroundings(closed_port()))

@@ -187,8 +187,9 @@ def test_a_driver_that_is_overtaken_while_it_works_stops_and_spoils_nothing(arch
     assert segment.verify_run(run) == []
 
 
+@pytest.mark.parametrize("left", [0, 1])
 def test_a_cluster_without_room_ends_in_one_error_and_not_in_silence(
-    archive: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    archive: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
 ) -> None:
     @ray.remote
     class Hog:
@@ -196,14 +197,18 @@ def test_a_cluster_without_room_ends_in_one_error_and_not_in_silence(
             return True
 
     monkeypatch.setattr(segment, "STANDSTILL_S", 3.0)
-    print("free", ray.available_resources(), ray.cluster_resources())
-    hog = Hog.options(num_cpus=ray.cluster_resources()["CPU"]).remote()  # type: ignore[attr-defined]
+    hog = Hog.options(num_cpus=ray.cluster_resources()["CPU"] - left).remote()  # type: ignore[attr-defined]
     assert ray.get(hog.has_begun.remote(), timeout=120)
     said: list[str] = []
     try:
         with pytest.raises(ClusterError, match="nothing has moved for too long"):
             segment.segment_archive(
-                str(archive), model, str(tmp_path / "run"), SegmentConfig(), How(scan_seconds=0.1), segment.Ear(said.append)
+                str(archive),
+                model,
+                str(tmp_path / "run"),
+                SegmentConfig(),
+                How(actors=1, scan_seconds=0.1),
+                segment.Ear(said.append),
             )
     finally:
         ray.kill(hog)

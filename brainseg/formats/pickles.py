@@ -14,15 +14,17 @@ _PROTOCOLS = tuple(bytes([0x80, version]) for version in range(2, 6))
 _SUFFIXES = (".pkl", ".pickle", ".joblib")
 _HEAD_BYTES = 4096
 _MAX_MEMBERS = 1000
-_MAX_TEXT_BYTES = 1 << 20
 _LEAST_OPCODES = 3
+_TEXT_STARTS = (b"(", b"c", b"d", b"l", b"]", b"}", b")")
+_CALLS = {"GLOBAL", "INST"}
+"""How pickles of protocols 0 and 1, which look like words, name what they run. Without it they run nothing."""
 
 
 def holds_pickle(data: bytes) -> bool:
     """Whether the bytes are a pickle or a container with one inside. Nothing is unpickled, nothing unpacked whole."""
     if data.startswith(ZIP_MAGIC):
         return _in_zip(data)
-    return _is_pickle(data[:_MAX_TEXT_BYTES])
+    return _is_pickle(data[:_HEAD_BYTES])
 
 
 def _in_zip(data: bytes) -> bool:
@@ -42,18 +44,19 @@ def _in_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
 
 def _is_pickle(head: bytes) -> bool:
     if head.startswith(NUMPY_MAGIC):
-        return b"|O" in head[:_HEAD_BYTES]  # the one way in which a header declares Python objects
+        return b"|O" in head  # the one way in which a header declares Python objects
+    opcodes = _opcodes(head)
     if head.startswith(_PROTOCOLS):
-        return _opcodes(head) >= _LEAST_OPCODES
-    return head.rstrip().endswith(b".") and head[:1] in b"(cdl]})" and _opcodes(head) >= _LEAST_OPCODES
+        return len(opcodes) >= _LEAST_OPCODES
+    return head[:1] in _TEXT_STARTS and not _CALLS.isdisjoint(opcodes)
 
 
-def _opcodes(head: bytes) -> int:
-    """How many opcodes make sense before the bytes end or stop being a pickle; 0 for text that never was one."""
-    count = 0
+def _opcodes(head: bytes) -> list[str]:
+    """The names of the opcodes until the bytes end or stop making sense."""
+    names = []
     try:
-        for _ in pickletools.genops(head):
-            count += 1
-    except Exception:  # noqa: BLE001  the stream's end, or bytes that are no opcode
-        return count if head.startswith(_PROTOCOLS) else 0
-    return count
+        for opcode, _, _ in pickletools.genops(head):
+            names.append(opcode.name)
+    except Exception:  # noqa: BLE001  a foreign decoder on foreign bytes: here they stop making sense
+        return names
+    return names

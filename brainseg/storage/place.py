@@ -182,7 +182,7 @@ def translated(doing: str, uri: str) -> Iterator[None]:
     """Translate what the operating system, codecs and pyarrow raise."""
     try:
         yield
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, RecursionError, pa.ArrowException) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise StorageError(one_line(doing, uri, reason)) from error
 

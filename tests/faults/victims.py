@@ -56,7 +56,7 @@ class Driver:
 def start(manifest: str, model: str, run: str, folder: Path, *words: str, extra: Mapping[str, str] | None = None) -> Driver:
     """Start a driver on the run, with a local Ray whose files lie below `folder`."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment = {**plain, "RAY_TMPDIR": str(folder), **(extra or {})}
+    environment = {**plain, "RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0", **(extra or {})}
     command = [sys.executable, "-m", "brainseg.cli", "segment", manifest, "--model", model, "--out", run, *words]
     return Driver(command, folder / "said.txt", environment)
 

@@ -7,6 +7,7 @@ a submitted Ray job; otherwise a local Ray lives as long as the process, with to
 import logging
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 import ray
 
-from brainseg.errors import BrainsegError, ClusterError, ExitCode, PreflightError
+from brainseg.errors import BrainsegError, ClusterError, ExitCode, PreflightError, StorageError
 
 SPARE_CPUS = 2
 """Logical CPUs a local Ray gets beyond the machine's cores, for the light tasks around the busy ones."""
@@ -182,7 +183,7 @@ def plain_words() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = next((e for e in _chain(error) if isinstance(e, BrainsegError)), None)
+        known = next((e for e in _chain(error) if isinstance(e, BrainsegError)), None) or _quoted(error)
         if known is not None:
             raise known from None
         if type(error).__name__ in STANDSTILLS:
@@ -192,6 +193,13 @@ def plain_words() -> Iterator[None]:
             text = f"Ray gave up ({type(error).__name__}): a process, a machine or its disk failed"
             raise ClusterError(f"{text}; {KEPT}") from error
         raise
+
+
+def _quoted(error: BaseException) -> BrainsegError | None:
+    """An error of ours that a worker raised while it started: of that one Ray keeps the words alone."""
+    found = re.findall(r"^brainseg\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+    kinds = {kind.__name__: kind for kind in (ClusterError, PreflightError, StorageError)}
+    return next((kinds[name](words) for name, words in reversed(found) if name in kinds), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

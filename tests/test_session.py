@@ -79,6 +79,11 @@ class TestPlainWords:
         with pytest.raises(ClusterError, match="the model kills"), plain_words():
             raise far
 
+    def test_it_is_found_in_the_words_of_a_worker_that_could_not_start(self):
+        words = "The actor died because of an error raised in its creation task, ray::MapWorker()\n  File x, line 1\n"
+        with pytest.raises(PreflightError, match=r"^the weights do not fit$"), plain_words():
+            raise RuntimeError(words + "brainseg.errors.PreflightError: the weights do not fit\n")
+
     def test_a_death_is_one_line_and_tells_what_to_do(self):
         import ray
 

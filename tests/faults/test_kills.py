@@ -28,10 +28,7 @@ LONG_PLANS = {
     "fused": {"actor": 16, "writer": 18, "raylet": 8, "driver": 8},
 }
 """How many of each are killed: 104 in all. Where one process does all, it is the decoder as well."""
-EARLY, LATE = 0.2, 0.25
-"""Shares of the drivers that are killed while they start, and while they close the run."""
-AFTER_PROGRESS = 0.8
-"""Share of the kills before which at least one more part is let through; the others follow on the heels of the last."""
+CHANCES = (0.2, 0.25, 0.8)
 START_S = 180.0
 """A driver that has not come up by then never will; generous, because tests share a machine."""
 
@@ -55,6 +52,9 @@ class Campaign:
     folder: Path
     rng: random.Random
     plan: str
+    chances: tuple[float, float, float] = (0, 0, 0)
+    """Shares of the drivers killed while they start and while they close the run, and of the kills before which at least one
+    more part is let through; the others follow on the heels of the last."""
     tallies: dict[str, Tally] = field(default_factory=lambda: {kind: Tally() for kind in KINDS})
     num_runs: int = 0
     num_drivers: int = 0
@@ -82,16 +82,16 @@ class Campaign:
         self, driver: Driver, run: str, planned: list[str], promised: list[tuple[str, dict[str, object]]]
     ) -> str | None:
         """Kill one victim after the other until the driver ends; returns what ended it, None for the end of its work."""
-        if planned[:1] == ["driver"] and self.rng.random() < EARLY:
+        if planned[:1] == ["driver"] and self.rng.random() < self.chances[0]:
             time.sleep(self.rng.uniform(0, 10))
         else:
             _wait_for_work(driver, run)
         while planned and driver.lives():
             kind = planned[0]
             self.strays.update(victims.processes_below(driver.pid))
-            if kind == "driver" and self.rng.random() < LATE:
+            if kind == "driver" and self.rng.random() < self.chances[1]:
                 self._wait_until(driver, run, len(self.cohort.undisturbed))
-            elif self.rng.random() < AFTER_PROGRESS and promised:
+            elif self.rng.random() < self.chances[2] and promised:
                 self._wait_until(driver, run, len(promised[-1][1]) + 1)
             if not victims.kill_one(driver, kind, run, self.rng):
                 continue
@@ -181,7 +181,7 @@ def test_a_hundred_kills_lose_nothing(folder: Path, plan: str) -> None:
     rng.shuffle(planned)
     place = folder / plan
     place.mkdir()
-    campaign = Campaign(make_cohort(place, 600), place, rng, plan)
+    campaign = Campaign(make_cohort(place, 600), place, rng, plan, CHANCES)
     campaign.go(planned)
     print(f"\nplan {plan}\n{campaign.table()}")
     assert {kind: t.kills for kind, t in campaign.tallies.items() if t.kills} == LONG_PLANS[plan]

@@ -8,7 +8,8 @@ anywhere can feed them. The stage functions are the same (`stages.py`), the rows
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -183,10 +184,11 @@ def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive)
         ear.say(f"only {cluster.free_cpus:g} of the cluster's {cluster.cpus:g} CPUs are free now; waiting for other jobs")
     with lifeline(), plain_words():
         await_room(STANDSTILL_S)
-        for receipt in _receipts(todo, job, plan):
-            _take(progress, receipt)
-            ear.tick(progress)
-            _enforce(limit, progress)
+        with closing(_receipts(todo, job, plan)) as receipts:  # whatever ends it, the actors' CPUs are free again
+            for receipt in receipts:
+                _take(progress, receipt)
+                ear.tick(progress)
+                _enforce(limit, progress)
     return progress
 
 
@@ -277,7 +279,7 @@ def pipeline(todo: pa.Table, job: Job, plan: Plan) -> Dataset:
     return predicted.map_batches(partial(finish_block, job=job), num_cpus=0.25, **arguments)
 
 
-def _receipts(todo: pa.Table, job: Job, plan: Plan) -> Iterator[Mapping[str, Any]]:
+def _receipts(todo: pa.Table, job: Job, plan: Plan) -> Generator[Mapping[str, Any]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0

@@ -4,6 +4,7 @@ Nothing here schedules anything: that is Ray's. A cluster is joined where `RAY_A
 a submitted Ray job; otherwise a local Ray lives as long as the process, with token authentication and no dashboard.
 """
 
+import gc
 import logging
 import math
 import os
@@ -65,6 +66,8 @@ def connect() -> Cluster:
     local = not os.environ.get("RAY_ADDRESS") and not os.environ.get("RAY_JOB_ID")
     if not ray.is_initialized():
         _start_local() if local else ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        gc.collect()  # the error of an earlier job in this process keeps its actors alive in cycles, and with them their CPUs
     for name, level in QUIET_LOGGERS.items():
         logging.getLogger(name).setLevel(level)
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from brainseg.config import How, NetworkConfig, PrepareConfig, SegmentConfig, Tr
 from brainseg.errors import ClusterError, ExitCode, FailureLimitError, PreflightError, RunError
 from brainseg.model import ModelCard, Split, save_model
 from brainseg.phantom import write_archive
+from brainseg.session import connect
 from brainseg.tables import METRICS, SCANS
 from brainseg.unet import UNet
 from brainseg.versions import versions
@@ -197,6 +198,7 @@ def test_a_cluster_without_room_ends_in_one_error_and_not_in_silence(
             return True
 
     monkeypatch.setattr(segment, "STANDSTILL_S", 3.0)
+    connect()  # lets go of what failed jobs before this one held
     hog = Hog.options(num_cpus=ray.cluster_resources()["CPU"] - left).remote()  # type: ignore[attr-defined]
     assert ray.get(hog.has_begun.remote(), timeout=120)
     said: list[str] = []

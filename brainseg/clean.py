@@ -14,7 +14,7 @@ from pathlib import Path
 
 from brainseg import inflight, runs, storage
 from brainseg.errors import PreflightError, RunError, UsageError
-from brainseg.lease import Lease, refuse_if_held
+from brainseg.lease import Lease, held_generation, refuse_if_held
 from brainseg.storage import Leftover
 
 WORK = ".work"
@@ -66,10 +66,20 @@ def litter_of_run(run: str, older_than_s: float) -> Iterator[Litter]:
         seen.add(leftover.uri)
         yield _litter_of(leftover)
     folders = {runs.TORN: "a damaged part, set aside", runs.EVALUATION: "a piece of an `evaluate` that did not end"}
+    yield from _old_claims(run)
     if storage.exists(storage.join(run, runs.SUCCESS_FILE)):
         folders[inflight.FOLDER] = "a note of a run that is complete"
     for name, why in folders.items():
         yield from (one for one in _below(storage.join(run, name), why) if one.uri not in seen)
+
+
+def _old_claims(run: str) -> Iterator[Litter]:
+    """Claims on generations of the lease that are over: their drivers died between winning and tidying up."""
+    now = held_generation(run)
+    for entry in storage.list_files(run):
+        found = re.fullmatch(r"lease-(\d{6,})\.json", entry.uri.removeprefix(f"{run}/"))
+        if found and int(found[1]) < now:
+            yield Litter(entry.uri, "a claim on the run that is over", entry.size_bytes)
 
 
 def _litter_of(leftover: Leftover) -> Litter:

@@ -123,6 +123,11 @@ def refuse_if_held(run: str) -> None:
         raise RunError(f"another driver (process {holder['pid']} on {holder['host']}) is working on this run")
 
 
+def held_generation(run: str) -> int:
+    """The generation of the run's last owner; 0 where it never had one."""
+    return _generation(_read(storage.join(run, LEASE_FILE)))
+
+
 def _claim(run: str, generation: int) -> str:
     return storage.join(run, f"lease-{generation:06d}.json")
 

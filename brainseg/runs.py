@@ -157,11 +157,29 @@ def kept_rows(run: str, *, set_aside: bool) -> Iterator[Kept]:
         except StorageError:
             if not set_aside:
                 raise
-            storage.write_bytes(storage.join(run, TORN, storage.name_of(uri)), storage.read_bytes(uri))
-            storage.delete(uri)
+            _set_aside(run, uri)
             continue
         for place, row in enumerate(rows):
             yield Kept(row["scan_id"], uri, place, row["status"], row["error_code"], row["content_tag"], row["finished_at"])
+
+
+def _set_aside(run: str, part: str) -> None:
+    """Move a part to RUN/torn: what it holds counts no longer."""
+    storage.write_bytes(storage.join(run, TORN, storage.name_of(part)), storage.read_bytes(part))
+    storage.delete(part)
+
+
+def set_damaged_aside(run: str) -> int:
+    """Move the parts of which a column that the figures come from cannot be read to RUN/torn; returns how many went."""
+    damaged = []
+    for uri in parts(run):
+        try:
+            _rows(uri, MEASURED)
+        except StorageError:
+            damaged.append(uri)
+    for uri in damaged:
+        _set_aside(run, uri)
+    return len(damaged)
 
 
 def _key_rows(uri: str) -> list[dict[str, Any]]:
@@ -169,6 +187,15 @@ def _key_rows(uri: str) -> list[dict[str, Any]]:
     table = storage.read_table(uri, list(KEYS)).select(list(KEYS))
     if table.schema.types != [SCANS.field(name).type for name in KEYS]:
         raise StorageError(f"{uri}: its columns are not those of a `{PARTS}` table")
+    return _values(table, uri)
+
+
+def _rows(uri: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Some columns of a part, as plain values. StorageError where they cannot be read."""
+    return _values(storage.read_table(uri, list(columns)), uri)
+
+
+def _values(table: pa.Table, uri: str) -> list[dict[str, Any]]:
     with translated("read as Parquet", uri):
         rows: list[dict[str, Any]] = table.to_pylist()
         return rows
@@ -226,7 +253,7 @@ def write_metrics(run: str, split: Split) -> dict[str, int]:
     labelled = evaluated = 0
     for uri in parts(run):
         flat: list[dict[str, Any]] = []
-        for row in storage.read_table(uri, list(MEASURED)).to_pylist():
+        for row in _rows(uri, MEASURED):
             scored = any(e["state"] != "no_label" for e in row["regions"] or ())
             evaluated += scored
             labelled += scored or any(s["role"] in ("label", "both") for s in row["sources"])

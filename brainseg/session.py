@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from brainseg.errors import BrainsegError, ClusterError, ExitCode, PreflightError, StorageError
+from brainseg.errors import BrainsegError, ClusterError, ExitCode, PreflightError, StorageError, one_line
 
 SPARE_CPUS = 2
 """Logical CPUs a local Ray gets beyond the machine's cores, for the light tasks around the busy ones."""
@@ -80,8 +80,11 @@ def connect() -> Cluster:
 
 
 def _start_local() -> None:
-    """Start Ray on this machine: quiet and small. Its authentication is the environment's (`environment.py`)."""
-    with _hushed_stderr():
+    """Start Ray on this machine: quiet and small. Its authentication is the environment's (`environment.py`).
+
+    Raises ClusterError where Ray does not come up.
+    """
+    with _hushed_stderr(), _one_line_of_a_failed_start():
         ray.init(
             address="local",
             num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
@@ -90,6 +93,17 @@ def _start_local() -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+@contextmanager
+def _one_line_of_a_failed_start() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # what Ray raises here differs from version to version
+        ray.shutdown()
+        said = one_line(str(error) or type(error).__name__)[:200]
+        text = "a local Ray did not come up on this machine; it may be too busy, or short of memory or of room below /tmp"
+        raise ClusterError(f"{text}. Ray says: {said}") from error
 
 
 @contextmanager

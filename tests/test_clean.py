@@ -22,7 +22,7 @@ TEMPORARY = f".tmp-{'0' * 32}"
 KEPT = ["run.json", "_SUCCESS.json", "manifest.parquet", "metrics.parquet", "baselines.parquet", "evaluation.json"]
 KEPT += ["report.html", "lease.json", "scans/a.parquet", "masks/a.nii.gz", "notes.txt", "scans/.tmp-mine"]
 OLD = [f"scans/{TEMPORARY}", TEMPORARY, f".probe-{'1' * 32}"]
-LEFT = ["torn/b.parquet", "evaluation/c.parquet", "inflight/block-1.json"]
+LEFT = ["torn/b.parquet", "evaluation/c.parquet", "inflight/block-1.json", "lease-000001.json"]
 CLAIM = "lease-000004.json"
 """Whoever cleans takes the lease."""
 
@@ -185,8 +185,9 @@ def test_the_command_says_what_went_in_words_and_as_json(run, monkeypatch, capsy
         return capsys.readouterr()
 
     said = call("--dry-run")
-    assert said.out.startswith("would remove 6 leftover(s)")
-    assert len(said.err.splitlines()) == 6
+    count = len([*OLD, *LEFT])
+    assert said.out.startswith(f"would remove {count} leftover(s)")
+    assert len(said.err.splitlines()) == count
     body = json.loads(call("--json").out)
     assert {Path(one["uri"]).name for one in body["litter"]} == {Path(name).name for name in [*OLD, *LEFT]}
     assert call().out.startswith("removed 0 leftover(s)")

@@ -70,6 +70,10 @@ class TestMistakes:
         with surroundings(endpoint):
             refused(lambda: act(f"{AT}/x"), f"nothing answers at {endpoint}.*AWS_ENDPOINT_URL")
 
+    def test_credentials_in_a_place_are_refused_and_not_repeated(self, store: FaultProxy) -> None:
+        line = refused(lambda: storage.check_readable("s3://user:swordfish@archive/x"), "a place cannot carry credentials")
+        assert "swordfish" not in line
+
     def test_an_endpoint_that_is_a_black_hole(self) -> None:
         with silent_server(takes_connections=False) as endpoint, surroundings(endpoint):
             refused(lambda: storage.check_readable(f"{AT}/x"), f"nothing answers at {endpoint}")

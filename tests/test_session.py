@@ -2,6 +2,7 @@
 
 import pytest
 
+from brainseg import session
 from brainseg.config import How
 from brainseg.errors import ClusterError, PreflightError, RunError
 from brainseg.segment import make_plan
@@ -112,3 +113,12 @@ class TestPlainWords:
     def test_nothing_raised_is_nothing_said(self):
         with plain_words():
             pass
+
+
+def test_a_ray_that_does_not_come_up_is_one_line(monkeypatch):
+    def fails(**_: object) -> None:
+        raise RuntimeError("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(session.ray, "init", fails)
+    with pytest.raises(ClusterError, match=r"did not come up.*Ray says: The current node timed out during startup\.$"):
+        session._start_local()

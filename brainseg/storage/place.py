@@ -141,6 +141,8 @@ def absolute(uri: str) -> str:
 def split_uri(uri: str) -> tuple[str, str]:
     """Return bucket and key of a place on S3."""
     bucket, _, key = uri.removeprefix(SCHEME).partition("/")
+    if "@" in bucket:  # repeated nowhere: what stands before it may be a password
+        raise StorageError(f"a place cannot carry credentials; expected {SCHEME}bucket/key, and keys as boto3 finds them")
     if not bucket:
         raise StorageError(f"'{uri}' names no bucket; expected {SCHEME}bucket/key")
     return bucket, key

@@ -1,0 +1,113 @@
+"""A training that is killed at a random moment and taken up again ends with the weights of one that was left alone.
+
+    pytest -m slow -s tests/faults/test_training_kills.py      twelve kills of worker, raylet and driver; a few minutes
+
+Weights are compared by their bytes. The recipe has everything with a state of its own: a schedule with warm-up, averaged
+weights, dropout, augmentation, early stopping.
+"""
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import victims
+
+from brainseg import manifest, storage
+from brainseg.errors import ExitCode
+from brainseg.model import CARD, load_card
+from brainseg.phantom import write_archive
+
+SETTINGS = (
+    "epochs=6 samples_per_epoch=384 batch_size=8 ema_decay=0.9 network.widths=[8,16] network.dropout=0.2 network.norm=group "
+    "prepare.size=48 optimiser.warmup_steps=5 patience=6 augment.elastic=0 overlays_every=null"
+)
+START_S = 180.0
+WORKER = "RayTrainWorker"
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """A place with a short name, for Ray's sockets, and in it a manifest and the model of a training left alone."""
+    place = Path(tempfile.mkdtemp(prefix="t"))
+    write_archive(place / "archive", "lgg", scans=12, broken=0, shape=(6, 48, 48), seed=11)
+    manifest.write_manifest(str(place / "manifest.parquet"), manifest.index_archive(str(place / "archive"))[0])
+    assert start(place, "alone").process.wait(timeout=START_S * 2) == ExitCode.OK
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def start(folder: Path, name: str, *, workers: int = 1) -> victims.Driver:
+    """`brainseg train` in a process of its own, with a local Ray whose files lie below `folder`."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = {**plain, "RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
+    words = [sys.executable, "-m", "brainseg.cli", "train", str(folder / "manifest.parquet"), "--preset", "demo"]
+    words += ["--out", str(folder / name), "--workers", str(workers)]
+    for one in SETTINGS.split():
+        words += ["--set", one]
+    return victims.Driver(words, folder / "said.txt", environment)
+
+
+def weights_of(folder: Path, name: str) -> str:
+    return load_card(str(folder / name)).weights_sha256
+
+
+def kill(driver: victims.Driver, kind: str) -> bool:
+    """SIGKILL to one process of this kind below the driver, or to the driver; False where there is none now."""
+    if kind == "driver":
+        return victims.kill(driver.pid)
+    title = {"worker": WORKER, "raylet": "/raylet/raylet "}[kind]
+    found = [pid for pid, words in victims.processes_below(driver.pid).items() if title in words]
+    return bool(found) and victims.kill(random.choice(found))
+
+
+def survives(folder: Path, name: str, kinds: list[str], rng: random.Random) -> None:
+    """Train with a kill of each kind in turn, at a random moment of the epochs, and start again whenever the driver ended."""
+    while not storage.exists(str(folder / name / CARD)):
+        driver = start(folder, name)
+        while kinds and driver.lives():
+            _wait_for_an_epoch(driver, folder / f"{name}.work")
+            time.sleep(rng.uniform(0, 2))
+            if driver.lives() and kill(driver, kinds[0]):
+                print(f"{time.strftime('%X')} {name}: killed {kinds[0]} after {_epochs(folder / f'{name}.work')} epochs")
+                if kinds.pop(0) != "worker":
+                    break
+        code = driver.process.wait(timeout=START_S * 2)
+        assert code in (ExitCode.OK, ExitCode.CRASH, -9), driver.said_last()
+    assert not kinds
+
+
+def _epochs(work: Path) -> int:
+    try:
+        return len((work / "metrics.jsonl").read_text().splitlines())
+    except OSError:
+        return 0
+
+
+def _wait_for_an_epoch(driver: victims.Driver, work: Path) -> None:
+    """Until a worker is up and one more epoch than now is done: before that there is nothing to lose."""
+    before, deadline = _epochs(work), time.monotonic() + START_S
+    while driver.lives() and _epochs(work) <= before:
+        assert time.monotonic() < deadline, driver.said_last()
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_and_a_killed_driver_change_no_weight(folder: Path) -> None:
+    survives(folder, "disturbed", ["worker", "driver"], random.Random(0))
+    assert weights_of(folder, "disturbed") == weights_of(folder, "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_dozen_kills_change_no_weight(folder: Path) -> None:
+    rng = random.Random(1)
+    for number in range(4):
+        kinds = ["worker", "raylet", "driver"]
+        rng.shuffle(kinds)
+        survives(folder, f"disturbed-{number}", kinds, rng)
+        assert weights_of(folder, f"disturbed-{number}") == weights_of(folder, "alone")

@@ -157,6 +157,24 @@ class SampleSet:
         masks = self._masks[torch.from_numpy(numbers)].to(device)
         return images.flatten(1, 2).float(), masks.float() / MASK_SCALE
 
+    def mask(self, scan: int, number: int) -> Tensor:
+        """Masks `(R, S, S)` (0..1) of one slice of a scan."""
+        everything = np.arange(self.entries[scan].plan.size)
+        return self.block(scan, np.array([number]), everything, everything)[1][0]
+
+    def block(
+        self, scan: int, slices: NDArray[np.int64], rows: NDArray[np.int64], columns: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        """Return images `(D, C, H, W)`, in the precision they are kept in, and masks `(D, R, H, W)` (0..1) of these of a scan's
+        slices, rows and columns on the model grid."""
+        if self._images is None or self._masks is None:
+            images, masks = self._prepare(scan, [int(n) for n in slices], context=0)
+        else:
+            wanted = torch.from_numpy(slices + self.first[scan])
+            images, masks = self._images[wanted], self._masks[wanted]
+        images, masks = (x[:, :, torch.from_numpy(rows)][..., torch.from_numpy(columns)] for x in (images, masks))
+        return images, masks if masks.is_floating_point() else masks.float() / MASK_SCALE
+
     def _prepared_bytes(self) -> int:
         plan, channels = self.entries[0].plan, self.entries[0].shape[0]
         return len(self) * plan.size**2 * (2 * channels + self.num_regions)

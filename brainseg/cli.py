@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from brainseg import __version__
+from brainseg import __version__, cli_jobs
 from brainseg.environment import prepare_environment
 from brainseg.errors import BrainsegError, ExitCode, UsageError, one_line
 
@@ -113,12 +113,25 @@ def train(
     ] = False,
     folds: Annotated[str | None, typer.Option(help="With --cv: train these folds only now, such as 0,2.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that train together. Default: one per GPU, or one.")
+        str | None,
+        typer.Option(
+            metavar="N|A..B",
+            help="Processes that train together; 2..8 takes what the cluster has. Default: one per GPU, or one.",
+        ),
     ] = None,
     accept_leakage: Annotated[
         bool,
         typer.Option("--accept-leakage", help="Train although patients may stand on both sides; every report will say so."),
     ] = False,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Log to TensorBoard or MLflow as well: tensorboard[:DIR], mlflow[:URI]. Both are extras to install."),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, help="What an hour of all the machines that train costs: the training page adds it up."),
+    ] = None,
+    currency: Annotated[str, typer.Option(help="Of that price.")] = "EUR",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -130,17 +143,22 @@ def train(
     recipe = commands.recipe(
         manifest, preset=preset, config=config, assignments=set_ or [], fold=fold, accept_leakage=accept_leakage
     )
-    voice = Voice(quiet=quiet, as_json=json_)
+    voice, price = Voice(quiet=quiet, as_json=json_), commands.priced(price_per_hour, currency)
     if cv:
-        commands.cross_validate(manifest, out, recipe, voice, folds=picked, workers=workers)
+        commands.cross_validate(manifest, out, recipe, voice, folds=picked, workers=workers, log_to=log_to or [], price=price)
     else:
-        commands.train(manifest, out, recipe, voice, workers=workers)
+        commands.train(manifest, out, recipe, voice, workers=workers, log_to=log_to or [], price=price)
 
 
 @app.command()
 def segment(
     source: Annotated[str, typer.Argument(metavar="ARCHIVE|MANIFEST", help="An archive, or a manifest of one.")],
-    model: Annotated[str, typer.Option(help="The model folder.")],
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="The model folder. Several, or that of a cross-validation, are an ensemble: their probabilities are averaged."
+        ),
+    ],
     out: Annotated[str, typer.Option(help="The run folder. An unfinished run of the same kind is taken up again.")],
     max_failures: Annotated[
         str | None, typer.Option(help="Stop with exit code 4 once more scans failed than this: 50, or 5%.")
@@ -171,7 +189,7 @@ def segment(
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A finished run folder.")],
+    run: Annotated[str, typer.Argument(help="A finished run folder; with --threshold-sweep also a model folder.")],
     labels: Annotated[
         str | None, typer.Option(help="A manifest whose labels count, joined by scan_id. Default: the run's own.")
     ] = None,
@@ -186,8 +204,14 @@ def evaluate(
     ] = "exclude",
     threshold_sweep: Annotated[
         bool,
-        typer.Option("--threshold-sweep", help="Instead: choose the model's threshold on its validation patients."),
+        typer.Option(
+            "--threshold-sweep",
+            help="Instead: choose the model's threshold and smallest component on its validation patients.",
+        ),
     ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="With --threshold-sweep: how the network answers, such as flip=true.")
+    ] = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -197,7 +221,7 @@ def evaluate(
 
     voice = Voice(quiet=quiet, as_json=json_)
     if threshold_sweep:
-        commands.sweep(run, labels, voice)
+        commands.sweep(run, labels, voice, set_ or [])
         return
     if commands.evaluate(run, voice, labels=labels, training=training, baselines=baselines, compare=compare, rule=rule):
         raise typer.Exit(ExitCode.SOME_FAILED)
@@ -206,10 +230,23 @@ def evaluate(
 @app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One or more finished runs.")],
-    out: Annotated[str | None, typer.Option(help="Where the page goes. Default: report.html in the first run.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where it goes. Default: report.html in the first run, or .json ...")] = None,
     rule: Annotated[
         Literal["exclude", "brats"], typer.Option(help="What becomes of scans where label and prediction are both empty.")
     ] = "exclude",
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONDITION", help="Only these scans, such as \"site = 'A' and fold in (0, 1)\": columns and attributes."
+        ),
+    ] = None,
+    compare: Annotated[str | None, typer.Option(metavar="RUN", help="Another run on the same scans: pair by pair.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="RUN", help="A run to see drift from: volumes, trust, spacing. No label needed.")
+    ] = None,
+    format_: Annotated[
+        Literal["html", "json", "csv", "md"], typer.Option("--format", help="A page, or its numbers as a text.")
+    ] = "html",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -217,7 +254,23 @@ def report(
     from brainseg import commands
     from brainseg.console import Voice
 
-    commands.report(runs, out, Voice(quiet=quiet, as_json=json_), rule=rule)
+    voice = Voice(quiet=quiet, as_json=json_)
+    commands.report(runs, out, voice, rule=rule, where=where, compare=compare, reference=reference, format_=format_)
+
+
+@app.command()
+def view(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    scan_id: Annotated[str, typer.Argument(help="One of its scans.")],
+    out: Annotated[str | None, typer.Option(help="Where the page goes. Default: view-SCAN.html in the current folder.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the page of one scan: all slices of its mask, over image and label as far as they can be reached."""
+    from brainseg import commands
+    from brainseg.console import Voice
+
+    commands.view(run, scan_id, out, Voice(quiet=quiet, as_json=json_))
 
 
 @app.command()
@@ -296,6 +349,10 @@ def schemas(out: Annotated[str, typer.Option(help="Folder to write the contracts
     write_schemas(Path(out))
 
 
+app.command()(cli_jobs.submit)
+app.add_typer(cli_jobs.jobs, name="jobs")
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -305,7 +362,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Run the command line; our own errors become one line and their exit code."""
-    prepare_environment()
+    prepare_environment(joins=cli_jobs.joins_a_cluster())
     try:
         app(standalone_mode=True)
     except BrainsegError as error:

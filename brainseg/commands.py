@@ -1,6 +1,7 @@
 """Commands: what stands behind each word of the command line and behind each job of `jobs/`."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,14 +10,17 @@ from brainseg import storage
 from brainseg.aggregate import Rule
 from brainseg.audit import Audit, audit_folds
 from brainseg.config import How, SegmentConfig, TrainConfig, build, override, read_yaml
-from brainseg.console import Voice
+from brainseg.console import Bar, Voice
 from brainseg.contents import with_contents
 from brainseg.errors import PreflightError, StorageError, UsageError
 from brainseg.folds import FoldPlan
+from brainseg.heartbeat import Progress
 from brainseg.layouts import Inventory
+from brainseg.loggers import targets
 from brainseg.model import ModelCard
 from brainseg.presets import PRESETS, preset
 from brainseg.results import describe_model, evaluation_lines, recipe_line
+from brainseg.watch import Price, Watcher
 
 DEFAULT_PRESETS = {"lgg": "lgg-strong", "figshare": "figshare-strong", "brats": "brats-strong", "h5slices": "brats-strong"}
 
@@ -100,17 +104,43 @@ def _default_preset(manifest: str) -> str:
     return DEFAULT_PRESETS.get(layouts.pop(), "brats-strong") if len(layouts) == 1 else "brats-strong"
 
 
-def train(manifest: str, out: str, config: TrainConfig, voice: Voice, *, workers: int | None = None) -> ModelCard:
+def train(
+    manifest: str,
+    out: str,
+    config: TrainConfig,
+    voice: Voice,
+    *,
+    workers: int | str | None = None,
+    log_to: Sequence[str] = (),
+    price: Price | None = None,
+) -> ModelCard:
     """Train and say what the model scores on the patients kept back, beside its baselines."""
-    source, place = _source(manifest), _target(out)
+    source, place, loggers = _source(manifest), _target(out), targets(log_to)
     from brainseg.train import train_model
 
-    card = train_model(source, place, config, workers=workers, say=voice.say)
+    with voice.bar("train") as bar:
+        watcher = Watcher(partial(_show, bar) if voice.has_bars else None, loggers, price)
+        card = train_model(source, place, config, workers=workers, say=voice.say, watcher=watcher)
     voice.result(
         {"model": out, "metrics": card.metrics, "baselines": card.baselines, "training": card.training},
         describe_model(card, out),
     )
     return card
+
+
+def _show(bar: Bar, progress: Progress) -> None:
+    """One epoch as a bar: the steps done of those it has."""
+    epoch = f"epoch {progress.epoch + 1:>3}/{progress.epochs}"
+    bar.update(progress.step, progress.steps, progress.line(), epoch)
+
+
+def priced(price_per_hour: float | None, currency: str) -> Price | None:
+    """What an hour costs, where somebody said so; UsageError for what is no price."""
+    if price_per_hour is None:
+        return None
+    if not price_per_hour >= 0 or price_per_hour == float("inf"):
+        raise UsageError(f"--price-per-hour {price_per_hour}: expected a price of 0 or more")
+    return Price(price_per_hour, currency)
 
 
 def picked_folds(cv: bool, folds: str | None, fold: int | None) -> tuple[int, ...] | None:
@@ -134,26 +164,37 @@ def cross_validate(
     voice: Voice,
     *,
     folds: Sequence[int] | None = None,
-    workers: int | None = None,
+    workers: int | str | None = None,
+    log_to: Sequence[str] = (),
+    price: Price | None = None,
 ) -> dict[str, Any]:
     """Train the folds and say what their models score on the scans that each kept back."""
-    source, place = _source(manifest), _target(out)
+    source, place, loggers = _source(manifest), _target(out), targets(log_to)
     from brainseg import cross_validation
+    from brainseg.report.folds import write_folds_page
 
-    body = cross_validation.cross_validate(source, place, config, folds=folds, workers=workers, say=voice.say)
+    with voice.bar("train") as bar:
+        watcher = Watcher(partial(_show, bar) if voice.has_bars else None, loggers, price)
+        body = cross_validation.cross_validate(
+            source, place, config, folds=folds, workers=workers, say=voice.say, watcher=watcher
+        )
+    write_folds_page(place)
     voice.result({"models": out, **body}, cross_validation.describe(body, out))
     return body
 
 
-def segment(source: str, model: str, out: str, voice: Voice, how: How, assignments: Sequence[str] = ()) -> dict[str, int]:
+def segment(
+    source: str, models: str | Sequence[str], out: str, voice: Voice, how: How, assignments: Sequence[str] = ()
+) -> dict[str, int]:
     """Bulk-segment and say the counts."""
     settings = build(SegmentConfig, override({}, assignments), "segment")
-    places = [_source(source), _source(model), _target(out)]
+    named = [models] if isinstance(models, str) else models
+    archive, folders, run = _source(source), [_source(model) for model in named], _target(out)
     from brainseg.segment import Ear, segment_archive
 
     with voice.bar("segment") as bar:
         ear = Ear(voice.say, lambda p: bar.update(p.done, p.total, p.line()))
-        counts = segment_archive(places[0], places[1], places[2], settings, how, ear)
+        counts = segment_archive(archive, folders, run, settings, how, ear)
     if not how.dry_run:
         done = f"{counts['ok']} of {counts['found']} scans segmented, {counts['failed']} failed, {counts['evaluated']} scored"
         voice.result({"run": out, "counts": counts}, f"{done} -> {out}")
@@ -180,33 +221,71 @@ def evaluate(
     return len(body["problems"])
 
 
-def sweep(run: str, labels: str | None, voice: Voice) -> dict[str, Any]:
-    """Choose the threshold of a run's model on its validation patients; says where the best lies."""
-    from brainseg.sweep import sweep_thresholds
+def sweep(place: str, labels: str | None, voice: Voice, assignments: Sequence[str] = ()) -> dict[str, Any]:
+    """Choose threshold and smallest component of a model, or of a run's model, on its validation patients; says which."""
+    from brainseg.sweep import sweep_model
 
-    place = _source(run)
-    if not storage.exists(storage.join(place, "run.json")):
-        raise PreflightError(f"{run} is not a run folder: it has no run.json")
-    model = storage.read_json(storage.join(place, "run.json"))["model"]["uri"]
-    manifest = _source(labels) if labels else storage.join(place, "manifest.parquet")
-    chosen = sweep_thresholds(model, manifest, say=voice.say)
+    settings = build(SegmentConfig, override({}, assignments), "--threshold-sweep")
+    model, manifest = _swept(_source(place), place, _source(labels) if labels else None)
+    chosen = sweep_model(model, manifest, settings=settings, say=voice.say)
+    flip = " --set flip=true" if settings.flip else ""
     said = (
-        f"threshold {chosen['threshold']:g}, chosen on {chosen['num_scans']} validation scans ({chosen['rule']}), is written "
-        f"into {model}; `brainseg segment --set threshold=chosen` uses it"
+        f"threshold {chosen['threshold']:g}, smallest component {chosen['smallest_component']}, chosen on "
+        f"{chosen['num_scans']} validation scans of {chosen['num_patients']} patients ({chosen['rule']}): Dice "
+        f"{chosen['mean']:.4f}, by default {chosen['default_mean']:.4f}; it is written into {model}; `brainseg segment "
+        f"--set threshold=chosen --set smallest_component=chosen{flip}` uses it"
     )
     voice.result({"model": model, "chosen": chosen}, said)
     return chosen
 
 
-def report(runs: Sequence[str], out: str | None, voice: Voice, *, rule: Rule = "exclude") -> str:
-    """Make the page; says where it is."""
+def _swept(place: str, said: str, labels: str | None) -> tuple[str, str]:
+    """The model that a run or a model folder means, and the manifest with its validation patients."""
+    if storage.exists(storage.join(place, "model.json")):
+        if labels is None:
+            raise UsageError(f"{said} is a model: give the manifest that it was trained on with --labels")
+        return place, labels
+    if not storage.exists(storage.join(place, "run.json")):
+        raise PreflightError(f"{said} is neither a run folder nor a model: it has no run.json and no model.json")
+    model = storage.read_json(storage.join(place, "run.json"))["model"]["uri"]
+    if not isinstance(model, str):
+        raise PreflightError(f"{said} was made by several models; give one of them, and its manifest with --labels")
+    return model, labels or storage.join(place, "manifest.parquet")
+
+
+def report(
+    runs: Sequence[str],
+    out: str | None,
+    voice: Voice,
+    *,
+    rule: Rule = "exclude",
+    where: str | None = None,
+    compare: str | None = None,
+    reference: str | None = None,
+    format_: Literal["html", "json", "csv", "md"] = "html",
+) -> str:
+    """Make the page, or its numbers as a text; says where it is."""
     from brainseg.report import build_report
 
     uris = [_source(r) for r in runs]
-    place = _target_file(out or storage.join(uris[0], "report.html"))
-    summary = build_report(uris, place, rule=rule)
+    named = [_source(uri) if uri else None for uri in (compare, reference)]
+    place = _target_file(out or storage.join(uris[0], f"report.{format_}"))
+    summary = build_report(uris, place, rule=rule, where=where, compare=named[0], reference=named[1], format_=format_)
     voice.result({"report": place, "summary": summary}, f"report -> {out or place}")
     return place
+
+
+def view(run: str, scan_id: str, out: str | None, voice: Voice) -> str:
+    """Make the page of one scan; says where it is, and what it could not show."""
+    from brainseg.export import file_name
+    from brainseg.report.view import build_view
+
+    out = out or f"view-{file_name(scan_id)}.html"
+    made = build_view(_source(run), scan_id, _target_file(out))
+    for line in made.remarks:
+        voice.say(line)
+    voice.result({"view": made.uri, "size_bytes": made.size_bytes, "remarks": list(made.remarks)}, f"view -> {out}")
+    return made.uri
 
 
 def export(run: str, out: str, format_: Literal["nifti", "png"], voice: Voice) -> int:

@@ -6,8 +6,9 @@ They are read from YAML, overridden by `--set a.b=c`, and fingerprinted: two job
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +17,7 @@ from brainseg.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Width = Annotated[int, Field(ge=1)]
+PatchSide = Annotated[int, Field(ge=4, le=256)]
 LesionPreset = Literal["glioma", "meningioma", "metastasis"]
 C = TypeVar("C", bound="Config")
 
@@ -25,22 +27,30 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
+    added_later: ClassVar[frozenset[str]] = frozenset()
+    """Keys that earlier versions did not have: at their default they change nothing, so fingerprints leave them out then."""
+
     def fingerprint(self) -> str:
         """A sha256 over every setting, in canonical JSON."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        unchanged = {k for k in self.added_later if getattr(self, k) == type(self).model_fields[k].default}
+        text = json.dumps(self.model_dump(mode="json", exclude=unchanged), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 class NetworkConfig(Config):
     """The U-Net: everything needed to rebuild it, given the number of modalities and regions."""
 
-    widths: Annotated[tuple[Width, ...], Field(min_length=2)] = (16, 32, 64, 128, 256)
-    """Channels of each level, finest first; each level after the first halves height and width."""
+    dimensions: Literal[2, 3] = 2
+    """2: slice by slice. 3: by patches of the volume (`prepare.patch`), slices and all."""
+    widths: Annotated[tuple[Width, ...], Field(min_length=2, max_length=10)] = (16, 32, 64, 128, 256)
+    """Channels of each level, finest first; each level after the first halves height and width, and in 3D depth."""
     norm: Literal["batch", "instance", "group", "none"] = "batch"
     activation: Literal["relu", "leaky_relu"] = "relu"
     dropout: Annotated[float, Field(ge=0, lt=1, description="after each block of the lower half of the levels")] = 0.0
     residual: bool = False
     context_slices: Annotated[int, Field(ge=0, le=5, description="neighbouring slices on either side, as further channels")] = 0
+    deep_supervision: Annotated[int, Field(ge=0, description="coarser levels with a head of their own in training")] = 0
+    """Levels on the way up, below the finest, that are taught directly; they answer nothing afterwards."""
 
     @property
     def stride(self) -> int:
@@ -53,6 +63,20 @@ class NetworkConfig(Config):
             raise ValueError("norm 'group' uses 8 groups: every width must be a multiple of 8")
         return self
 
+    @model_validator(mode="after")
+    def _context_is_of_slices(self) -> Self:
+        if self.dimensions == 3 and self.context_slices:
+            raise ValueError("context_slices must be 0 with dimensions 3: a patch holds its slices' neighbours already")
+        return self
+
+    @model_validator(mode="after")
+    def _supervised_levels_exist(self) -> Self:
+        most = len(self.widths) - 2
+        if self.deep_supervision > most:
+            levels = len(self.widths)
+            raise ValueError(f"deep_supervision is {self.deep_supervision}; {levels} levels have {most} below the finest")
+        return self
+
 
 class PrepareConfig(Config):
     """How a scan's slices become what the network eats. The same for training and inference."""
@@ -62,6 +86,29 @@ class PrepareConfig(Config):
     """`full`: the whole slice, padded to a square. `head`: a square around the head, so that heads come equally large."""
     normalise: Literal["zscore", "volume_max", "slice_max"] = "zscore"
     """`zscore`: per scan and modality over its non-background voxels. The other two divide by a maximum."""
+    patch: tuple[PatchSide, PatchSide, PatchSide] | None = None
+    """For a 3D network: slices, rows and columns that go through together. Rows and columns are pixels of the model grid,
+    slices are the scan's own."""
+
+
+def misfit(network: NetworkConfig, prepare: PrepareConfig) -> str | None:
+    """Why a network cannot work on what it would be given; None where it can."""
+    need = f"{len(network.widths)} levels need a multiple of {network.stride}, at least {2 * network.stride}"
+    if network.dimensions == 2:
+        if prepare.patch is not None:
+            return "prepare.patch is for network.dimensions 3 alone"
+        return None if _fits(prepare.size, network.stride) else f"prepare.size is {prepare.size}; {need}"
+    if prepare.patch is None:
+        return "network.dimensions 3 needs prepare.patch, such as [64, 64, 64]"
+    if not all(_fits(side, network.stride) for side in prepare.patch):
+        return f"prepare.patch is {list(prepare.patch)}; {need}"
+    if max(prepare.patch[1:]) > prepare.size:
+        return f"prepare.patch is {list(prepare.patch)}; its rows and columns must fit in prepare.size, {prepare.size}"
+    return None
+
+
+def _fits(side: int, stride: int) -> bool:
+    return side % stride == 0 and side >= 2 * stride
 
 
 class AugmentConfig(Config):
@@ -76,6 +123,12 @@ class AugmentConfig(Config):
     noise: Annotated[float, Field(ge=0, description="largest standard deviation of added Gaussian noise")] = 0.0
     blur: Share = 0.0
     """Share of the samples that are smoothed."""
+    elastic: Share = 0.0
+    """Share of the samples that are bent, smoothly and differently from place to place."""
+    elastic_shift: Annotated[float, Field(ge=0, le=0.1)] = 0.05
+    """How far a place may be bent, as share of the field of view. Up to 0.1 nothing folds over itself."""
+    low_resolution: Share = 0.0
+    """Share of the samples whose image loses detail, as if acquired with pixels up to twice as wide."""
     modality_dropout: Share = 0.0
     """Share of the samples in which one modality is replaced by another, so that a missing one is survivable."""
 
@@ -101,6 +154,10 @@ class OptimiserConfig(Config):
 class TrainConfig(Config):
     """One recipe: from a manifest to a model."""
 
+    added_later = frozenset({"choose", "flip_answers"})
+
+    added_later = frozenset({"choose", "flip_answers", "overlays_every"})
+
     name: str = "unet"
     modalities: tuple[str, ...] = ()
     """Empty: what every scan of the manifest has, in the manifest's order."""
@@ -112,6 +169,9 @@ class TrainConfig(Config):
     optimiser: OptimiserConfig = OptimiserConfig()
     epochs: Annotated[int, Field(ge=1)] = 30
     batch_size: Annotated[int, Field(ge=1, description="slices of one optimiser step over all workers together")] = 16
+    micro_batch: Annotated[int | None, Field(ge=1)] = None
+    """Largest number of slices that one worker puts through at once, for less memory; null: its whole share of the batch. The
+    gradient stays that of the whole batch, except that batch norm normalises by what goes through together."""
     foreground_share: Share = 0.5
     """Share of each batch that is taken from slices with tumour; 0: slices as they come."""
     samples_per_epoch: Annotated[int | None, Field(ge=1)] = None
@@ -119,23 +179,29 @@ class TrainConfig(Config):
     validate_every: Annotated[int, Field(ge=1, description="epochs between validations")] = 1
     patience: Annotated[int | None, Field(ge=1)] = None
     """Validations without a better Dice before stopping; null: never."""
+    overlays_every: Annotated[int | None, Field(ge=1)] = 5
+    """Epochs between pictures of some validation slices; the first, the best and the last stay in the model folder. null: no
+    picture of a patient is ever made."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Moving average of the weights per step; 0 switches it off."""
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the training patients kept for early stopping. 0: the held-out fold itself serves for it, and the model says
     `selection_biased: true`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    choose: bool = False
+    """Choose threshold and smallest component on the validation patients once the best weights are found, and measure the
+    held-out fold a second time as chosen. The plain figures stay beside it."""
+    flip_answers: Annotated[bool, Field(description="with `choose`: average with the left-right mirrored slice there")] = False
     seed: Annotated[int, Field(ge=0)] = 0
     folds_held_out: int = 0
     """The manifest's fold that is never trained on and that the model's figures are about."""
     accept_leakage: bool = False
 
     @model_validator(mode="after")
-    def _slices_fit_network(self) -> Self:
-        size, stride = self.prepare.size, self.network.stride
-        if size % stride or size < 2 * stride:
-            levels = len(self.network.widths)
-            raise ValueError(f"prepare.size is {size}; {levels} levels need a multiple of {stride}, at least {2 * stride}")
+    def _parts_fit_together(self) -> Self:
+        problem = misfit(self.network, self.prepare)
+        if problem:
+            raise ValueError(problem)
         for name in ("modalities", "regions"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} must differ from each other")
@@ -145,9 +211,17 @@ class TrainConfig(Config):
 class SegmentConfig(Config):
     """Everything that changes a run's answers, and nothing that does not."""
 
+    added_later = frozenset({"smallest_component", "members"})
+
     threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["chosen"] = 0.5
     """`chosen`: what a sweep over the model's validation patients has recorded in the model."""
+    smallest_component: Annotated[int, Field(ge=0, strict=True)] | Literal["largest", "chosen"] = 0
+    """Components of a region with fewer voxels of the native grid are dropped; `largest`: all but the largest one of each
+    region; `chosen`: as the same sweep recorded; 0: none."""
     flip: Annotated[bool, Field(description="average with the left-right mirrored slice (test-time augmentation)")] = False
+    members: Literal["all", "out-of-fold"] = "all"
+    """Of several models, which ones answer a scan: `all`, or `out-of-fold`: those that never trained on its patient nor were
+    chosen by it. Somebody whom none of them met is answered by all."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     thumbnails: bool = True
     score: Annotated[bool, Field(description="score against labels where the manifest has them")] = True
@@ -167,6 +241,28 @@ class How(Config):
     actors: Annotated[int | None, Field(ge=1, description="inference processes; null: one per GPU, or one per core")] = None
     scan_seconds: Annotated[float, Field(gt=0, description="reading one scan may take this long before it is given up")] = 300.0
     dry_run: bool = False
+
+
+class Crew(Config):
+    """How many workers train together: as many as given, or whatever the cluster has between two numbers."""
+
+    fewest: Annotated[int, Field(ge=1)]
+    most: Annotated[int, Field(ge=1)]
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.fewest < self.most
+
+    def __str__(self) -> str:
+        return f"{self.fewest} to {self.most}" if self.is_elastic else str(self.most)
+
+
+def read_crew(text: str | int) -> Crew:
+    """Workers as a person writes them: `4`, or `2..8`; ConfigError for anything else."""
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:\.\.([1-9]\d{0,3}))?", str(text).strip())
+    if found is None or (found[2] and int(found[2]) < int(found[1])):
+        raise ConfigError(f"workers {str(text)[:40]!a}: expected a number such as 4, or a range such as 2..8")
+    return Crew(fewest=int(found[1]), most=int(found[2] or found[1]))
 
 
 def read_yaml(text: str, source: str) -> dict[str, Any]:

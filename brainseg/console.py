@@ -33,6 +33,12 @@ class Voice:
         if not self.quiet:
             self.err.print(visible(text.replace("\n", " ")), markup=False)
 
+    def hear(self, text: str) -> None:
+        """Pass on what another process says, line by line as it comes."""
+        if not self.quiet:
+            sys.stderr.write("\n".join(map(visible, text.split("\n"))))
+            sys.stderr.flush()
+
     def result(self, body: Mapping[str, Any], text: str) -> None:
         """The outcome: JSON for a program, or text for a person."""
         if self.as_json:
@@ -44,6 +50,11 @@ class Voice:
     def bar(self, what: str) -> "Bar":
         """A progress display, used as a context."""
         return Bar(self, what)
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether somebody would see a bar: on a terminal, unless told to be quiet."""
+        return self.err.is_terminal and not self.quiet
 
 
 class Bar:
@@ -57,7 +68,7 @@ class Bar:
         self._task: Any = None
 
     def __enter__(self) -> Self:
-        if self.voice.err.is_terminal and not self.voice.quiet:
+        if self.voice.has_bars:
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[line]}"))
             self._progress = Progress(*columns, console=self.voice.err)
             self._task = self._progress.add_task(self.what, total=None, line="")
@@ -68,10 +79,10 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
 
-    def update(self, done: int, total: int, line: str) -> None:
-        """Show how far the job is."""
+    def update(self, done: int, total: int, line: str, what: str | None = None) -> None:
+        """Show how far the job is, or one part of it that `what` names."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, total=total, line=line)
+            self._progress.update(self._task, completed=done, total=total, line=line, description=what or self.what)
         elif time.monotonic() - self._last > LINE_EVERY_S or done == total:
             self._last = time.monotonic()
             self.voice.say(line)

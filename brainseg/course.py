@@ -8,7 +8,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +19,12 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from brainseg import cache, learn, manifest, storage
+from brainseg import cache, hardware, learn, manifest, overlays, storage, sweep
 from brainseg.config import Config, LesionPreset, SegmentConfig
-from brainseg.errors import BrainsegError, Code, ScanError, StorageError, one_line
-from brainseg.held_out import baselines_table, figures, metrics_table
-from brainseg.model import Model, ModelCard
+from brainseg.errors import BrainsegError, Code, PreflightError, ScanError, StorageError, one_line
+from brainseg.heartbeat import Heartbeat
+from brainseg.held_out import baselines_table, figures, metrics_table, summaries
+from brainseg.model import CHOICES, Model, ModelCard
 from brainseg.prepare import select_modalities
 from brainseg.scans import Scan, load_scan
 from brainseg.scoring import mean_dice, segment_and_score
@@ -31,8 +32,10 @@ from brainseg.unet import UNet
 from brainseg.weights import MOST_BYTES, read_json, read_limited, tensors_of
 
 HELD_OUT_FILE = "held_out.parquet"
+HELD_OUT_CHOSEN_FILE = "held_out_chosen.parquet"
 BASELINES_FILE = "baselines.parquet"
 FAILED_FILE = "held_out_failed.json"
+HARDWARE_FILE = "hardware.json"
 SCANS_PER_PREDICT = 8
 SHELF_BYTES = 2 << 30
 """Validation scans are kept decoded in a worker's memory up to this much."""
@@ -54,29 +57,34 @@ def worker_loop(job: dict[str, Any]) -> None:
 class Shelf:
     """Whole scans of one worker's part, decoded once and kept while they fit in memory.
 
-    `failures` names each scan that could not be used, with code and message.
+    `failures` names each scan that could not be used, with code and message; `duplicated`, for each scan read that has some,
+    the wanted modalities that equal an earlier one in every voxel.
     """
 
     def __init__(self, rows: Sequence[Row], modalities: Sequence[str]) -> None:
         self.rows, self.modalities = rows, modalities
         self.failures: dict[str, dict[str, str]] = {}
+        self.duplicated: dict[str, list[str]] = {}
         self._kept: dict[int, Scan | None] = {}
         self._bytes = 0
 
     def scored(self, model: Model, *, lesions: LesionPreset | None = None) -> list[dict[str, Any]]:
         """Segment and score every readable scan, a few at a time; lesion by lesion only where a preset is named."""
         out: list[dict[str, Any]] = []
-        for start in range(0, len(self.rows), SCANS_PER_PREDICT):
-            found = [
-                (scan, self.rows[i])
-                for i in range(start, min(start + SCANS_PER_PREDICT, len(self.rows)))
-                if (scan := self._get(i))
-            ]
-            if found:
-                out += segment_and_score(model, [s for s, _ in found], [r for _, r in found], lesions=lesions)
+        for group in self.groups():
+            out += segment_and_score(model, [s for s, _ in group], [r for _, r in group], lesions=lesions)
         return out
 
-    def _get(self, number: int) -> Scan | None:
+    def groups(self) -> Iterator[list[tuple[Scan, Row]]]:
+        """The readable scans with their rows, a few at a time."""
+        for start in range(0, len(self.rows), SCANS_PER_PREDICT):
+            numbers = range(start, min(start + SCANS_PER_PREDICT, len(self.rows)))
+            found = [(scan, self.rows[i]) for i in numbers if (scan := self.scan(i))]
+            if found:
+                yield found
+
+    def scan(self, number: int) -> Scan | None:
+        """The scan at this place; None where it cannot be used."""
         if number in self._kept:
             return self._kept[number]
         scan = self._read(self.rows[number])
@@ -93,6 +101,9 @@ class Shelf:
             code = error.code if isinstance(error, ScanError) else Code.UNREADABLE
             self.failures[row["scan_id"]] = {"scan_id": row["scan_id"], "code": str(code), "message": str(error)}
             return None
+        equal = [name for name in scan.duplicated if name in self.modalities]
+        if equal:
+            self.duplicated[row["scan_id"]] = equal
         return scan
 
 
@@ -103,7 +114,7 @@ class TrainingState(Config):
     best_dice: float
     best_epoch: Annotated[int, Field(ge=-1)]
     stale: Annotated[int, Field(ge=0)]
-    log: list[dict[str, Annotated[float, Field(allow_inf_nan=True)] | None]]
+    log: list[dict[str, Annotated[float, Field(allow_inf_nan=True)] | Annotated[str, Field(max_length=200)] | None]]
     elapsed_s: Annotated[float, Field(ge=0)]
 
 
@@ -133,6 +144,10 @@ class Course:
         part = "validation" if card.split.validation else "test"
         rows = manifest.read_manifest(storage.join(work, f"{part}.parquet")).to_pylist()
         self.shelf = Shelf(rows[learner.worker.rank :: learner.worker.count], card.modalities)
+        # The first worker draws from all of them, so that the pictures show the same slices however many workers there are
+        whole = self.shelf if learner.worker.count == 1 else Shelf(rows, card.modalities)
+        self.album = overlays.Album(work, card, [str(row["patient_id"] or row["scan_id"]) for row in rows], whole.scan)
+        self.heartbeat = Heartbeat(work, card.train.epochs, learner.steps_per_epoch, writes=learner.worker.rank == 0)
         network = UNet(card.network, len(card.modalities), len(card.regions))
         self.validated = Model(card, network, "", learner.device, SegmentConfig())
         self.best: dict[str, Tensor] = {k: v.clone() for k, v in learner.best_guess().items()}
@@ -140,30 +155,53 @@ class Course:
 
     def run(self) -> None:
         self._restore()
+        self.learner.optimiser.register_step_post_hook(lambda *_: self.heartbeat.step())
+        if self.learner.worker.rank == 0:
+            storage.write_json(storage.join(self.work, HARDWARE_FILE), hardware.machine())
+        with self.heartbeat:
+            self._train()
+            self.heartbeat.begin("measure", max(0, self.state["epoch"] - 1))
+            self._measure()
+
+    def _train(self) -> None:
+        """Epoch after epoch, to the last one or to the early stop."""
         config, started = self.card.train, time.monotonic() - self.state["elapsed_s"]
-        while self.state["epoch"] < config.epochs:
-            began = time.monotonic()
-            loss = self._mean(learn.train_epoch(self.learner, self.samples, self.state["epoch"]))
+        while not self._is_over():
+            epoch = self.state["epoch"]
+            self.heartbeat.begin("train", epoch)
+            loss = self._mean(learn.train_epoch(self.learner, self.samples, epoch))
             if not math.isfinite(loss):
-                raise BrainsegError(f"the loss became {loss} in epoch {self.state['epoch'] + 1}; try a lower learning rate")
-            seconds = time.monotonic() - began
-            dice = (
-                self._validate()
-                if (self.state["epoch"] + 1) % config.validate_every == 0 or self.state["epoch"] + 1 == config.epochs
-                else None
-            )
-            self._note(loss, dice, seconds, time.monotonic() - started)
+                raise BrainsegError(f"the loss became {loss} in epoch {epoch + 1}; try a lower learning rate")
+            self.heartbeat.begin("validate", epoch)
+            is_due = (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs
+            dice = self._validate() if is_due else None
+            self._note(loss, dice, time.monotonic() - started)
+            if dice is not None:
+                self._show(epoch, dice, is_last=self._is_over())
+            self.heartbeat.begin("checkpoint", epoch)
             self._report()
-            if config.patience is not None and self.state["stale"] >= config.patience:
-                break
-        self._measure()
+
+    def _is_over(self) -> bool:
+        """Whether the last epoch is done, or enough validations were no better."""
+        config = self.card.train
+        return self.state["epoch"] >= config.epochs or (config.patience is not None and self.state["stale"] >= config.patience)
+
+    def _show(self, epoch: int, dice: float, *, is_last: bool = False) -> None:
+        """A picture of some validation slices from the first worker, when one is due; `validated` holds the weights."""
+        every = self.card.train.overlays_every
+        if every is None or self.learner.worker.rank:
+            return
+        if is_last or (epoch + 1) % every == 0 or epoch < self.card.train.validate_every:
+            mean = f"mean {'validation' if self.card.split.validation else 'held-out'} Dice {dice:.3f}"
+            title = f"{self.card.name}, epoch {epoch + 1} of {self.card.train.epochs}, {mean}"
+            self.album.add(self.validated, epoch, title)
 
     def _validate(self) -> float:
         """Mean Dice over whole validation scans, each counted once however many workers share them."""
         self.validated.network.load_state_dict(self.learner.best_guess())
         return mean_dice(self._gather(self.shelf.scored(self.validated)))
 
-    def _note(self, loss: float, dice: float | None, seconds: float, elapsed: float) -> None:
+    def _note(self, loss: float, dice: float | None, elapsed: float) -> None:
         """Bring the training's state up to date with a finished epoch."""
         s, config = self.state, self.card.train
         better = dice is not None and dice > s["best_dice"]
@@ -172,7 +210,7 @@ class Course:
             self.best = {k: v.detach().clone() for k, v in self.learner.best_guess().items()}
         elif dice is not None:
             s["stale"] += 1
-        rate = self.learner.steps_per_epoch * config.batch_size / seconds
+        seconds, norm = self.heartbeat.seconds("train"), self.learner.gradient_norm
         s["log"].append(
             {
                 "epoch": s["epoch"],
@@ -183,8 +221,15 @@ class Course:
                 "learning_rate": learn.learning_rate(
                     config.optimiser, (s["epoch"] + 1) * self.learner.steps_per_epoch - 1, self.learner.total_steps
                 ),
-                "samples_per_s": rate,
+                "samples_per_s": self.learner.steps_per_epoch * config.batch_size / seconds,
                 "elapsed_s": elapsed,
+                "gradient_norm": None if norm is None else float(norm),
+                "train_s": seconds,
+                "validate_s": self.heartbeat.seconds("validate"),
+                "checkpoint_s": None,
+                "workers": self.learner.worker.count,
+                "device": hardware.device_name(self.learner.device),
+                **hardware.peak_memory(self.learner.device),
             }
         )
         s["epoch"] += 1
@@ -197,11 +242,12 @@ class Course:
         if self.learner.worker.rank:
             ray.train.report(metrics)
             return
-        storage.write_text(storage.join(self.work, "metrics.jsonl"), "".join(json.dumps(m) + "\n" for m in self.state["log"]))
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "state.safetensors").write_bytes(save_tensors(learn.state_tensors(self.learner, self.best)))
             (Path(folder) / "state.json").write_text(json.dumps(self.state))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        last["checkpoint_s"] = self.heartbeat.seconds("checkpoint")
+        storage.write_text(storage.join(self.work, "metrics.jsonl"), "".join(json.dumps(m) + "\n" for m in self.state["log"]))
 
     def _restore(self) -> None:
         checkpoint = ray.train.get_checkpoint()
@@ -214,10 +260,15 @@ class Course:
     def _measure(self) -> None:
         """Measure the best weights on the held-out fold; the first worker leaves weights and result for the driver."""
         self.validated.network.load_state_dict(self.best)
+        if self.state["best_epoch"] >= 0:
+            self._show(self.state["best_epoch"], self.state["best_dice"], is_last=True)
         rows = manifest.read_manifest(storage.join(self.work, "test.parquet")).to_pylist()
         mine = Shelf(rows[self.learner.worker.rank :: self.learner.worker.count], self.card.modalities)
         scored = self._gather(mine.scored(self.validated, lesions=SegmentConfig().lesion_preset))
+        chosen = self._choose() if self.card.train.choose else {}
+        as_chosen = self._as_chosen(mine, chosen, scored) if chosen else []
         failed = self._gather(list(mine.failures.values()))
+        duplicated = self._gather([{scan: names} for scan, names in mine.duplicated.items()])
         if self.learner.worker.rank == 0:
             storage.write_bytes(
                 storage.join(self.work, "best.safetensors"),
@@ -230,8 +281,40 @@ class Course:
             storage.write_json(storage.join(self.work, FAILED_FILE), sorted(failed, key=lambda f: str(f["scan_id"])))
             scans = {"found": len(rows), "scored": len(set(metrics["scan_id"].to_pylist())), "failed": len(failed)}
             result = {"state": self.state, "held_out_scans": scans, **figures(metrics, baselines)}
+            result["held_out_duplicated"] = dict(sorted(p for d in duplicated for p in d.items()))
+            result |= self._leave_as_chosen(chosen, as_chosen) if chosen else {}
             storage.write_json(storage.join(self.work, "result.json"), result)
         ray.train.report({"done": True})
+
+    def _choose(self) -> dict[str, Any]:
+        """What the validation patients of all workers choose; the default, and why, where they cannot."""
+        settings = SegmentConfig(flip=self.card.train.flip_answers)
+        if not self.card.split.validation:
+            return sweep.unchosen(settings, "no patient was kept for validation")
+        model, candidates = self._answering(settings), sweep.Candidates.of()
+        tried = [entry for group in self.shelf.groups() for entry in sweep.try_candidates(model, group, candidates)]
+        tried, failed = self._gather(tried), self._gather(list(self.shelf.failures.values()))
+        try:
+            return sweep.choose(tried, settings) | {"num_failed": len(failed)}
+        except PreflightError as error:
+            return sweep.unchosen(settings, str(error))
+
+    def _as_chosen(self, held_out: Shelf, chosen: Row, plain: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The held-out scans of all workers scored with what was chosen; where that is the plain answer, it is at hand."""
+        settings = SegmentConfig(flip=self.card.train.flip_answers, **{name: chosen[name] for name in CHOICES})
+        if settings == SegmentConfig():
+            return plain
+        return self._gather(held_out.scored(self._answering(settings), lesions=settings.lesion_preset))
+
+    def _leave_as_chosen(self, chosen: Row, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Leave the held-out rows as chosen for the driver; returns what the result says of them."""
+        table = metrics_table(rows)
+        storage.write_table(storage.join(self.work, HELD_OUT_CHOSEN_FILE), table, row_group_rows=65536)
+        return {"chosen": chosen, "held_out_chosen": summaries(table)}
+
+    def _answering(self, settings: SegmentConfig) -> Model:
+        """The network as it is validated, answering by other settings."""
+        return Model(self.card, self.validated.network, "", self.learner.device, settings)
 
     def _gather(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.learner.worker.count == 1:

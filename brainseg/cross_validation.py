@@ -2,6 +2,7 @@
 
     OUT/fold-K/                   the model that kept fold K back (`train.py`)
     OUT/out_of_fold.parquet       the held-out rows of all finished folds: every labelled scan once
+    OUT/out_of_fold_chosen.parquet    the same, answered as each fold's validation patients chose, where the recipe has that
     OUT/baselines.parquet         what the same scans score without a network
     OUT/cross_validation.json     figures over all of them, fold by fold, denominators, who is missing and why
 
@@ -18,15 +19,18 @@ import pyarrow.compute as pc
 from brainseg import manifest, storage
 from brainseg.aggregate import RegionSummary, Rule, aggregate, bootstrap_interval
 from brainseg.config import TrainConfig
-from brainseg.course import BASELINES_FILE, FAILED_FILE, HELD_OUT_FILE
+from brainseg.course import BASELINES_FILE, FAILED_FILE, HELD_OUT_CHOSEN_FILE, HELD_OUT_FILE
+from brainseg.ensemble import SUMMARY, fold_model
 from brainseg.errors import BrainsegError, PreflightError
 from brainseg.model import ModelCard, load_card
 from brainseg.scoring import summary_json
 from brainseg.split import folds_of, usable_rows
-from brainseg.train import claimed_before, draft, finished_before, train_model
+from brainseg.train import NOBODY, claimed_before, draft, finished_before, train_model
+from brainseg.watch import Watcher
 
-OUT_OF_FOLD = "out_of_fold.parquet"
-SUMMARY = "cross_validation.json"
+OUT_OF_FOLD, OUT_OF_FOLD_CHOSEN = "out_of_fold.parquet", "out_of_fold_chosen.parquet"
+SMALL_TUMOUR_VOXELS = 6000
+"""A label below this is a small tumour: a line of its own, since a few voxels decide its Dice."""
 MOST_NAMED = 10
 """Missing scans that the words name; the JSON names them all."""
 RULES: tuple[Rule, ...] = ("exclude", "brats")
@@ -40,8 +44,10 @@ def cross_validate(
     config: TrainConfig,
     *,
     folds: Sequence[int] | None = None,
-    workers: int | None = None,
+    workers: int | str | None = None,
     say: Say = lambda _: None,
+    watcher: Watcher = NOBODY,
+    small_tumour_voxels: int = SMALL_TUMOUR_VOXELS,
 ) -> dict[str, Any]:
     """Train the named folds (all, by default) and sum up every fold that is finished; returns OUT/cross_validation.json.
 
@@ -56,26 +62,23 @@ def cross_validate(
     if unknown:
         raise PreflightError(f"the manifest has no fold {unknown[0]}; it has {there}")
     drafts = {fold: draft(table, _of_fold(config, fold))[0] for fold in there}
-    finished = {fold for fold in there if _is_finished(_model(out, fold), drafts[fold])}
+    finished = {fold for fold in there if _is_finished(fold_model(out, fold), drafts[fold])}
     for number, fold in enumerate(wanted, start=1):
         say(f"fold {fold} ({number} of {len(wanted)})")
         try:
-            train_model(manifest_uri, _model(out, fold), _of_fold(config, fold), workers=workers, say=say)
+            train_model(manifest_uri, fold_model(out, fold), _of_fold(config, fold), workers=workers, say=say, watcher=watcher)
         except BrainsegError:
             say(f"fold {fold} did not finish; {len(finished)} of {len(there)} are kept, and the same command goes on from here")
             raise
         finished.add(fold)
-    return _sum_up(table, out, {fold: load_card(_model(out, fold)) for fold in sorted(finished)}, place_of)
+    cards = {fold: load_card(fold_model(out, fold)) for fold in sorted(finished)}
+    return _sum_up(table, out, cards, place_of, small_tumour_voxels)
 
 
 def _folds(table: pa.Table, config: TrainConfig) -> dict[str, int]:
     """scan_id -> fold of every scan that can be trained on."""
     rows = usable_rows(table.select(["scan_id", "patient_id", "fold", "has_label", "problem_code"]).to_pylist())
     return {row["scan_id"]: fold for row, fold in zip(rows, folds_of(rows, config), strict=True)}
-
-
-def _model(out: str, fold: int) -> str:
-    return storage.join(out, f"fold-{fold}")
 
 
 def _of_fold(config: TrainConfig, fold: int) -> TrainConfig:
@@ -91,23 +94,62 @@ def _is_finished(model: str, card: ModelCard) -> bool:
 # --- summing up -----------------------------------------------------------------------------------------------------
 
 
-def _sum_up(table: pa.Table, out: str, cards: Mapping[int, ModelCard], place_of: Mapping[str, int]) -> dict[str, Any]:
-    """Gather the finished folds into the three files of OUT; returns the JSON one."""
+def _sum_up(
+    table: pa.Table, out: str, cards: Mapping[int, ModelCard], place_of: Mapping[str, int], small_tumour_voxels: int
+) -> dict[str, Any]:
+    """Gather the finished folds into the files of OUT; returns the JSON one."""
     rows = _gathered(out, list(cards), HELD_OUT_FILE)
     baselines = _gathered(out, list(cards), BASELINES_FILE)
     _check_once(rows)
-    missing = _missing(table, out, rows, cards, place_of)
     scans = _denominators(table, rows, cards, place_of)
-    body = _body(table, cards, rows, baselines) | {"scans": scans, "missing": missing}
+    body = _body(table, cards, rows, baselines) | {"scans": scans, "missing": _missing(table, out, rows, cards, place_of)}
+    body["subgroups"] = _subgroups(rows, cards, small_tumour_voxels)
+    if all("held_out_chosen" in card.metrics for card in cards.values()):
+        chosen = _gathered(out, list(cards), HELD_OUT_CHOSEN_FILE)
+        _check_once(chosen)
+        body |= _as_chosen(chosen, cards, small_tumour_voxels)
+        storage.write_table(storage.join(out, OUT_OF_FOLD_CHOSEN), chosen, row_group_rows=65536)
     storage.write_table(storage.join(out, OUT_OF_FOLD), rows, row_group_rows=65536)
     storage.write_table(storage.join(out, BASELINES_FILE), baselines, row_group_rows=65536)
     storage.write_json(storage.join(out, SUMMARY), body)
     return body
 
 
+def _as_chosen(rows: pa.Table, cards: Mapping[int, ModelCard], small_tumour_voxels: int) -> dict[str, Any]:
+    """The figures of the answers as each fold's validation patients chose them, and what they chose."""
+    kept = ("threshold", "smallest_component", "chosen_on", "settings")
+    return {
+        "regions_chosen": _figures(rows, _num_failed(cards)),
+        "subgroups_chosen": _subgroups(rows, cards, small_tumour_voxels),
+        "chosen": {str(fold): {name: card.chosen[name] for name in kept} for fold, card in cards.items()},
+    }
+
+
+def _subgroups(rows: pa.Table, cards: Mapping[int, ModelCard], small_tumour_voxels: int) -> list[dict[str, Any]]:
+    """Scans that a mean over all hides: figures of those with a small tumour, and of those with a substituted modality.
+
+    A modality that equals another one in every voxel stands in for one that was never taken. Folds that were trained before
+    that was recorded have no such group.
+    """
+    voxels = rows["label_voxels"]
+    small = pc.fill_null(pc.and_(pc.greater(voxels, 0), pc.less(voxels, small_tumour_voxels)), False)
+    out = [
+        {"name": "small_tumours", "what": f"label under {small_tumour_voxels} voxels", "regions": _figures(rows.filter(small))}
+    ]
+    recorded = [card.metrics.get("held_out_duplicated") for card in cards.values()]
+    if None not in recorded:
+        scans = {scan: equal for one in recorded for scan, equal in (one or {}).items()}
+        some = rows.filter(pc.is_in(rows["scan_id"], value_set=pa.array(list(scans), pa.string())))
+        what = "one modality equal to another in every voxel"
+        out.append({"name": "substituted_modality", "what": what, "regions": _figures(some), "scans": scans})
+    return out
+
+
 def _gathered(out: str, folds: Sequence[int], name: str) -> pa.Table:
     """The tables of all folds as one, by scan; a scan's regions stay in the model's order."""
-    return pa.concat_tables([storage.read_table(storage.join(_model(out, fold), name)) for fold in folds]).sort_by("scan_id")
+    return pa.concat_tables([storage.read_table(storage.join(fold_model(out, fold), name)) for fold in folds]).sort_by(
+        "scan_id"
+    )
 
 
 def _check_once(rows: pa.Table) -> None:
@@ -123,7 +165,7 @@ def _missing(
 ) -> list[dict[str, str]]:
     """Every scan with a label that has no out-of-fold row, each with the reason."""
     scored = set(rows["scan_id"].to_pylist())
-    failures = {f["scan_id"]: f for fold in cards for f in storage.read_json(storage.join(_model(out, fold), FAILED_FILE))}
+    failures = {f["scan_id"]: f for fold in cards for f in storage.read_json(storage.join(fold_model(out, fold), FAILED_FILE))}
     out_rows = []
     for row in table.select(["scan_id", "has_label", "problem_code", "problem"]).to_pylist():
         scan = row["scan_id"]
@@ -158,7 +200,7 @@ def _denominators(
 
 def _body(table: pa.Table, cards: Mapping[int, ModelCard], rows: pa.Table, baselines: pa.Table) -> dict[str, Any]:
     some = next(iter(cards.values()))
-    failed = sum(card.metrics["held_out_scans"]["failed"] for card in cards.values())
+    failed = _num_failed(cards)
     names = baselines["baseline"].unique().to_pylist()
     return {
         "name": some.name,
@@ -174,19 +216,26 @@ def _body(table: pa.Table, cards: Mapping[int, ModelCard], rows: pa.Table, basel
     }
 
 
+def _num_failed(cards: Mapping[int, ModelCard]) -> int:
+    return sum(card.metrics["held_out_scans"]["failed"] for card in cards.values())
+
+
 def _of_card(card: ModelCard) -> dict[str, Any]:
     return {"held_out": card.metrics["held_out"], "scans": card.metrics["held_out_scans"], "training": card.training}
 
 
-def _figures(rows: pa.Table, failed: int) -> dict[str, dict[str, Any]]:
+def _figures(rows: pa.Table, failed: int | None = None) -> dict[str, dict[str, Any]]:
     """Region -> rule -> figures over all scans."""
     by_rule = {rule: aggregate(rows, rule=rule) for rule in RULES}
     regions = list(by_rule[RULES[0]])
     return {r: {rule: _with_interval(by_rule[rule][r], rows, failed) for rule in RULES} for r in regions}
 
 
-def _with_interval(summary: RegionSummary, rows: pa.Table, failed: int) -> dict[str, Any]:
-    """The figures that a model's card carries, with the interval of the mean and the denominators beside them."""
+def _with_interval(summary: RegionSummary, rows: pa.Table, failed: int | None) -> dict[str, Any]:
+    """The figures that a model's card carries, with the interval of the mean and the denominators beside them.
+
+    Nobody knows which group a failed scan would have belonged to: without their number no figure counts them.
+    """
     chosen = rows.filter(pc.equal(rows["region"], summary.region))
     dice, states = chosen["dice"].to_pylist(), chosen["state"].to_pylist()
     if summary.rule == "brats":
@@ -197,7 +246,7 @@ def _with_interval(summary: RegionSummary, rows: pa.Table, failed: int) -> dict[
         "dice_interval_95": None if math.isnan(low) else [low, high],
         "dice_q1": summary.dice.q1,
         "dice_q3": summary.dice.q3,
-        "dice_mean_failed_zero": summary.mean_with_failures_zero(failed),
+        **({} if failed is None else {"dice_mean_failed_zero": summary.mean_with_failures_zero(failed)}),
         "pooled_dice": summary.pooled_dice,
         "patient_mean_dice": summary.patient_mean_dice,
         "num_patients": summary.num_patients,
@@ -217,8 +266,14 @@ def describe(body: Mapping[str, Any], out: str) -> str:
             lines.append(f"  with both-empty as 1: {_words(rules['brats'])}")
         means = (f"{k}: {_number(f['held_out'][region]['dice_mean'])}" for k, f in _with_region(body, region))
         lines.append(f"  mean by fold: {', '.join(means)}")
+        lines += _subgroup_words(body["subgroups"], region)
+        if "regions_chosen" in body:
+            lines.append(f"as chosen, {region}: {_words(body['regions_chosen'][region]['exclude'])}")
+            lines += _subgroup_words(body["subgroups_chosen"], region)
         for name, regions in body["baselines"].items():
             lines.append(f"  baseline {name.replace('_', ' ')}: {_words(regions[region]['exclude'])}")
+    if "chosen" in body:
+        lines.append(_chosen_words(body["chosen"]))
     lines.append(
         f"scans: {scans['found']} found, {scans['with_label']} with a label, {scans['held_out']} held out, "
         f"{scans['scored']} scored, {scans['failed']} failed"
@@ -229,6 +284,18 @@ def describe(body: Mapping[str, Any], out: str) -> str:
     if body["selection_biased"]:
         lines.append("selection_biased: each held-out fold also chose its model's checkpoint")
     return "\n".join(lines)
+
+
+def _subgroup_words(groups: Sequence[Mapping[str, Any]], region: str) -> list[str]:
+    there = [(group["what"], group["regions"][region]["exclude"]) for group in groups if region in group["regions"]]
+    return [f"  {what}: {_words(figures)}" for what, figures in there]
+
+
+def _chosen_words(chosen: Mapping[str, Any]) -> str:
+    """What the validation patients of each fold chose."""
+    parts = (f"{k}: {c['threshold']:g} and {c['smallest_component']}" for k, c in chosen.items())
+    flip = ", flipped" if any(c["settings"]["flip"] for c in chosen.values()) else ""
+    return f"chosen by each fold's validation patients, threshold and smallest component: {', '.join(parts)}{flip}"
 
 
 def _with_region(body: Mapping[str, Any], region: str) -> list[tuple[str, Any]]:

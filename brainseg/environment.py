@@ -6,11 +6,21 @@ set by the entry point; a token or mode that is already there (a submitted job, 
 
 import os
 import secrets
+from pathlib import Path
+
+TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""Where Ray looks for a token, before ~/.ray/auth_token."""
 
 
-def prepare_environment() -> None:
-    """Ask for token authentication with a token of this process's own, for threads that wait quietly, and for less noise."""
-    if "RAY_AUTH_MODE" not in os.environ and "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ:
+def prepare_environment(*, joins: bool = False) -> None:
+    """Ask for token authentication with a token of this process's own, for threads that wait quietly, and for less noise.
+
+    Where the process `joins` a cluster that somebody else runs, its token is the one that Ray finds, if there is one.
+    """
+    if joins:
+        if any(name in os.environ for name in TOKENS) or Path("~/.ray/auth_token").expanduser().is_file():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+    elif "RAY_AUTH_MODE" not in os.environ and "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

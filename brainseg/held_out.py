@@ -60,13 +60,14 @@ def baselines_table(train_rows: Sequence[Row], test_rows: Sequence[Row], scored:
 def figures(metrics: pa.Table, baselines: pa.Table) -> dict[str, Any]:
     """The card's summaries by region: of the model's own rows, and of each baseline's."""
     of_baseline = {
-        name: _summaries(baselines.filter(pc.equal(baselines["baseline"], name)))
+        name: summaries(baselines.filter(pc.equal(baselines["baseline"], name)))
         for name in baselines["baseline"].unique().to_pylist()
     }
-    return {"held_out": _summaries(metrics), "baselines": of_baseline}
+    return {"held_out": summaries(metrics), "baselines": of_baseline}
 
 
-def _summaries(table: pa.Table) -> dict[str, Any]:
+def summaries(table: pa.Table) -> dict[str, Any]:
+    """The card's figures by region of some rows of a `metrics` table."""
     return {region: summary_json(s) for region, s in aggregate(table).items()}
 
 

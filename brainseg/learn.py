@@ -5,21 +5,25 @@ or of what ran before. So two workers see what one would have seen, and a resume
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from brainseg.augment import apply, draw
+from brainseg.augment import apply, draw, margin
 from brainseg.cache import SampleSet
 from brainseg.config import OptimiserConfig, TrainConfig
 from brainseg.errors import PreflightError, one_line
-from brainseg.losses import Share, loss_of
+from brainseg.losses import Share, loss_over_levels, sums_over_batch
 from brainseg.model import has_fast_bf16
+from brainseg.patches import cut, draw_places
 from brainseg.unet import UNet
 from brainseg.weights import check_fit
 
@@ -44,6 +48,8 @@ class Learner:
     device: torch.device
     worker: Worker
     steps_per_epoch: int
+    gradient_norm: Tensor | None = None
+    """Of the last step, before it was clipped; None where nothing is clipped."""
 
     @property
     def total_steps(self) -> int:
@@ -63,7 +69,7 @@ def make_learner(config: TrainConfig, samples: int, device: torch.device, worker
         raise PreflightError(f"{worker.count} workers cannot share batches of {config.batch_size}; ask for fewer workers")
     torch.manual_seed(config.seed)
     network = UNet(config.network, len(config.modalities), len(config.regions))
-    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(device, memory_format=network.memory_format)  # type: ignore[call-overload]
     stepped: nn.Module = network
     if worker.count > 1:
         stepped = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
@@ -116,13 +122,21 @@ def _endless(rng: np.random.Generator, items: NDArray[np.int64], count: int) -> 
 
 
 def batches(learner: Learner, samples: SampleSet, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This worker's share of each global batch of an epoch: images `(b, K*C, S, S)`, masks `(b, R, S, S)`."""
+    """This worker's share of each global batch of an epoch: images `(b, K*C, S, S)`, masks `(b, R, S, S)`.
+
+    In 3D they are patches `(b, C, D, H, W)` around the slices of those numbers.
+    """
     config, worker = learner.config, learner.worker
+    dimensions, patch = config.network.dimensions, config.prepare.patch
     for step, numbers in enumerate(epoch_order(samples.foreground, config, epoch)):
-        mine = np.arange(worker.rank, len(numbers), worker.count)
-        drawn = draw(config.augment, len(numbers), len(config.modalities), (config.seed, epoch, step))
-        images, masks = samples.batch(numbers[mine], learner.device)
-        yield apply(images, masks, drawn.rows(mine), config.augment)
+        mine, seed = np.arange(worker.rank, len(numbers), worker.count), (config.seed, epoch, step)
+        drawn = draw(config.augment, len(numbers), len(config.modalities), seed, dimensions)
+        if patch is None:
+            images, masks = samples.batch(numbers[mine], learner.device)
+        else:
+            places = draw_places(len(numbers), seed)[mine]
+            images, masks = cut(samples, numbers[mine], places, patch, margin(config.augment, patch), learner.device)
+        yield apply(images, masks, drawn.rows(mine), config.augment, patch)
 
 
 def train_step(learner: Learner, images: Tensor, masks: Tensor, step: int) -> Tensor:
@@ -130,17 +144,70 @@ def train_step(learner: Learner, images: Tensor, masks: Tensor, step: int) -> Te
     config = learner.config
     for group in learner.optimiser.param_groups:
         group["lr"] = learning_rate(config.optimiser, step, learner.total_steps)
-    share = Share(config.batch_size, learner.worker.count)
-    with torch.autocast(learner.device.type, torch.bfloat16, enabled=uses_bf16(config, learner.device)):
-        logits = learner.stepped(images.contiguous(memory_format=torch.channels_last))
-    loss = loss_of(config.loss, logits, masks, share)
     learner.optimiser.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
+    loss = accumulate(learner, images, masks)
     if config.optimiser.clip_norm:
-        nn.utils.clip_grad_norm_(learner.network.parameters(), config.optimiser.clip_norm)
+        learner.gradient_norm = nn.utils.clip_grad_norm_(learner.network.parameters(), config.optimiser.clip_norm)
     learner.optimiser.step()
     _average(learner, step)
+    return loss
+
+
+def accumulate(learner: Learner, images: Tensor, masks: Tensor) -> Tensor:
+    """Leave the gradient of the global batch's loss on the weights, at most `micro_batch` slices at a time; returns the loss.
+
+    What goes through together is spread over the share, which has its tumour slices first. Batch norm normalises by it, and
+    so differs from one large batch; the other norms do not.
+    """
+    config, workers = learner.config, learner.worker.count
+    largest_share = -(-config.batch_size // workers)
+    most = config.micro_batch or largest_share
+    share, count = Share(config.batch_size, workers), -(-len(images) // most)
+    parts = [(images[n::count], masks[n::count]) for n in range(count)]
+    if largest_share > most and sums_over_batch(config.loss):  # all workers or none: they meet in the same order
+        return _accumulate_in_two_passes(learner, parts, share)
+    total = torch.zeros((), device=learner.device)
+    for number, (x, y) in enumerate(parts):
+        with _gradients_shared(learner, last=number == count - 1):
+            loss = loss_over_levels(config.loss, _levels(learner, learner.stepped, x), y, share)
+            torch.autograd.backward(loss)
+        total = total + loss.detach()
+    return total
+
+
+def _accumulate_in_two_passes(learner: Learner, parts: Sequence[tuple[Tensor, Tensor]], share: Share) -> Tensor:
+    """The same for a loss that is no sum over samples: its slope at the logits, taken over all of them, then theirs.
+
+    By the chain rule this is exact, and logits are small beside what the way back needs (Gao et al. 2021, gradient cache).
+    The first pass moves no running average, and the second repeats its dropout.
+    """
+    buffers = {name: value.clone() for name, value in learner.network.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[learner.device] if learner.device.type == "cuda" else []):
+        answers = [_levels(learner, partial(functional_call, learner.network, buffers), x) for x, _ in parts]
+    whole = [torch.cat(level).requires_grad_() for level in zip(*answers, strict=True)]
+    loss = loss_over_levels(learner.config.loss, whole, torch.cat([y for _, y in parts]), share)
+    torch.autograd.backward(loss)
+    sizes = [len(x) for x, _ in parts]
+    slopes = zip(*(torch.split(level.grad, sizes) for level in whole if level.grad is not None), strict=True)
+    for number, ((x, _), slope) in enumerate(zip(parts, slopes, strict=True)):
+        with _gradients_shared(learner, last=number == len(parts) - 1):
+            torch.autograd.backward(_levels(learner, learner.stepped, x), slope)
     return loss.detach()
+
+
+def _levels(learner: Learner, network: Callable[[Tensor], Tensor | list[Tensor]], images: Tensor) -> list[Tensor]:
+    """What a network in training answers on each of its levels, finest first."""
+    with torch.autocast(learner.device.type, torch.bfloat16, enabled=uses_bf16(learner.config, learner.device)):
+        answer = network(images.contiguous(memory_format=learner.network.memory_format))
+    return answer if isinstance(answer, list) else [answer]
+
+
+def _gradients_shared(learner: Learner, *, last: bool) -> AbstractContextManager[None]:
+    """Workers average their gradients once a step: with the last backward pass."""
+    if last or not isinstance(learner.stepped, DistributedDataParallel):
+        return nullcontext()
+    held_back: AbstractContextManager[None] = learner.stepped.no_sync()
+    return held_back
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:

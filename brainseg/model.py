@@ -5,8 +5,10 @@
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +22,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from brainseg import storage
-from brainseg.config import Config, NetworkConfig, PrepareConfig, SegmentConfig, TrainConfig
+from brainseg.config import Config, NetworkConfig, PrepareConfig, SegmentConfig, TrainConfig, misfit
 from brainseg.errors import Code, ConfigError, PreflightError, ScanError, StorageError, one_line
+from brainseg.postprocess import Smallest, drop_components
 from brainseg.prepare import (
     Plan,
     canonical_box,
@@ -35,15 +38,22 @@ from brainseg.prepare import (
 )
 from brainseg.regions import label_map
 from brainseg.scans import Scan
+from brainseg.sliding import Patch, slide
 from brainseg.unet import UNet
 from brainseg.weights import MOST_BYTES, blueprint, check_fit, read_json, read_limited, tensors_of
 
 CARD = "model.json"
 WEIGHTS = "weights.safetensors"
+CHOICES = ("threshold", "smallest_component")
+"""Settings that may say `chosen`."""
 MOST_CHANNELS = 64
 """Modalities, regions, and letters of the name of either."""
 PIXELS_PER_FORWARD = {"cpu": 16 * 128 * 128, "cuda": 512 * 128 * 128}
 """How many model-grid pixels go through the network at once: on a CPU what fits its caches, on a GPU what fills it."""
+
+
+Patients = Sequence[str | None] | None
+"""Whose each of several scans is, where known; None where nobody asks."""
 
 
 class Split(Config):
@@ -85,7 +95,8 @@ class ModelCard(Config):
     audit: dict[str, Any] = Field(default_factory=dict)
     """What the leakage audit found in the split: patients, contents and neighbouring slices on two sides."""
     chosen: dict[str, Any] = Field(default_factory=dict)
-    """The threshold that a sweep over the validation patients chose, with its curve. Nothing uses it unasked."""
+    """Threshold and smallest component that a sweep over the validation patients chose, and what they were chosen from.
+    Nothing uses it unasked."""
     train: TrainConfig
     training: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str]
@@ -102,7 +113,59 @@ class Prediction:
     seconds: float
 
 
-class Model:
+class Segmenter(ABC):
+    """Whatever turns scans into predictions: one network, or several whose probabilities are averaged (`ensemble`)."""
+
+    card: ModelCard
+    settings: SegmentConfig
+    fingerprint: str
+
+    @abstractmethod
+    def probabilities(self, scans: Sequence[Scan], patients: Patients = None) -> Iterator[Tensor]:
+        """Yield each scan's region probabilities `(R, D, h, w)` on its crop in canonical orientation, one scan at a time.
+
+        Raises ScanError MISSING_MODALITY, before the first, when a scan lacks what is needed.
+        """
+
+    @torch.inference_mode()
+    def predict(self, scans: Sequence[Scan], patients: Patients = None) -> list[Prediction]:
+        """Segment scans together, their slices sharing batches; `patients` says whose they are, where that matters.
+
+        Raises ScanError MISSING_MODALITY when a scan lacks what the network needs.
+        """
+        started = time.perf_counter()
+        answers = self.probabilities(scans, patients)
+        out = [self._finish(scan, probability) for scan, probability in zip(scans, answers, strict=True)]
+        seconds = (time.perf_counter() - started) / max(len(scans), 1)
+        return [Prediction(p.label, p.trust, seconds) for p in out]
+
+    def paint(self, probability: Tensor, threshold: float) -> NDArray[np.uint8]:
+        """Threshold region probabilities `(R, ...)` and write them as one label in the values of the model's label map."""
+        masks = (probability > threshold).cpu().numpy()
+        return label_map(self.card.label_map).paint_label(masks, self.card.regions)
+
+    def drop_components(self, painted: NDArray[np.uint8], smallest: Smallest) -> NDArray[np.uint8]:
+        """A painted label `(D, h, w)` without the components that a rule drops."""
+        return drop_components(painted, label_map(self.card.label_map), self.card.regions, smallest)
+
+    def _finish(self, scan: Scan, probability: Tensor) -> Prediction:
+        """Threshold `(R, D, h, w)`, paint, and put back on the native grid.
+
+        ScanError NON_FINITE where an answer is no number: over no threshold, it would look like a scan without a tumour.
+        """
+        if not bool(torch.isfinite(probability).all()):
+            raise ScanError(Code.NON_FINITE, f"{scan.scan_id}: the network answered with what is no number")
+        threshold, smallest = self.settings.threshold, self.settings.smallest_component
+        assert isinstance(threshold, float), "`resolved` comes before"
+        assert smallest != "chosen", "`resolved` comes before"
+        painted = self.drop_components(self.paint(probability, threshold), smallest)
+        kept = torch.from_numpy(label_map(self.card.label_map).masks(painted, self.card.regions)).to(probability.device)
+        head = torch.from_numpy(_head(scan, self.card.modalities)).to(probability.device)
+        trust = tuple(_trust(p, m, head) for p, m in zip(probability, kept, strict=True))
+        return Prediction(uncrop(painted, scan.grid, scan.box), trust, 0.0)
+
+
+class Model(Segmenter):
     """A network on a device, with the card that says what it eats and what it answers."""
 
     def __init__(self, card: ModelCard, network: UNet, fingerprint: str, device: torch.device, settings: SegmentConfig) -> None:
@@ -110,41 +173,36 @@ class Model:
         self.fingerprint = fingerprint
         self.device = device
         self.settings = settings
-        self.network: UNet = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network: UNet = network.eval().to(device, memory_format=network.memory_format)  # type: ignore[call-overload]
+        self.memory_format = network.memory_format
         self.dtype = inference_dtype(settings.precision, device)
         self.pixels_per_forward = PIXELS_PER_FORWARD[device.type]
 
-    @torch.inference_mode()
-    def predict(self, scans: Sequence[Scan]) -> list[Prediction]:
-        """Segment scans together, their slices sharing batches.
-
-        Raises ScanError MISSING_MODALITY when a scan lacks what the network needs.
-        """
-        started = time.perf_counter()
-        out = [self._finish(scan, probability) for scan, probability in zip(scans, self.probabilities(scans), strict=True)]
-        seconds = (time.perf_counter() - started) / max(len(scans), 1)
-        return [Prediction(p.label, p.trust, seconds) for p in out]
-
-    def probabilities(self, scans: Sequence[Scan]) -> Iterator[Tensor]:
+    def probabilities(self, scans: Sequence[Scan], patients: Patients = None) -> Iterator[Tensor]:
         """Yield each scan's region probabilities `(R, D, h, w)` on its crop in canonical orientation, one scan at a time.
 
         Raises ScanError MISSING_MODALITY, before the first, when a scan lacks what the network needs.
         """
         context = self.card.network.context_slices
         plans = [plan_scan(s, self.card.modalities, self.card.prepare, context) for s in scans]
-        with torch.inference_mode():
-            stacks = [self._slices(scan, plan) for scan, plan in zip(scans, plans, strict=True)]
-            answers = torch.split(self._forward(torch.cat(stacks)), [len(s) for s in stacks])
-        for scan, plan, answer in zip(scans, plans, answers, strict=True):
+        for scan, plan, answer in zip(scans, plans, self._answers(scans, plans), strict=True):
             _, height, width = _crop_shape(scan)
             with torch.inference_mode():
                 probability = native_probabilities(answer, plan, height, width)  # (D, R, h, w)
             yield probability.permute(1, 0, 2, 3)
 
-    def paint(self, probability: Tensor, threshold: float) -> NDArray[np.uint8]:
-        """Threshold region probabilities `(R, ...)` and write them as one label in the values of the model's label map."""
-        masks = (probability > threshold).cpu().numpy()
-        return label_map(self.card.label_map).paint_label(masks, self.card.regions)
+    def _answers(self, scans: Sequence[Scan], plans: Sequence[Plan]) -> Iterable[Tensor]:
+        """Each scan's region probabilities `(D, R, S, S)` on the model grid: slices together, or volumes one by one."""
+        if self.card.prepare.patch is not None:
+            return (self._slid(scan, plan, self.card.prepare.patch) for scan, plan in zip(scans, plans, strict=True))
+        with torch.inference_mode():
+            stacks = [self._slices(scan, plan) for scan, plan in zip(scans, plans, strict=True)]
+            return torch.split(self._forward(torch.cat(stacks)), [len(s) for s in stacks])
+
+    @torch.inference_mode()
+    def _slid(self, scan: Scan, plan: Plan, patch: Patch) -> Tensor:
+        together = max(1, self.pixels_per_forward // math.prod(patch))
+        return slide(self._slices(scan, plan), patch, len(self.card.regions), self._forward, together)
 
     def _slices(self, scan: Scan, plan: Plan) -> Tensor:
         crop, _ = select_modalities(scan, self.card.modalities)
@@ -152,11 +210,11 @@ class Model:
         return model_slices(to_tensor(raw, self.device), plan)
 
     def _forward(self, slices: Tensor) -> Tensor:
-        """Region probabilities `(N, R, S, S)` of model slices `(N, K*C, S, S)`; halves the batch when memory runs out.
+        """Region probabilities `(N, R, ...)` of model slices or patches `(N, K*C, ...)`; halves the batch when memory runs out.
 
         What fitted is remembered, so that the next scans do not run out of memory first.
         """
-        size = slices.shape[2] * slices.shape[3]
+        size = math.prod(slices.shape[2:])
         while True:
             step = max(1, min(self.pixels_per_forward // size, len(slices)))
             try:
@@ -169,28 +227,13 @@ class Model:
                 torch.cuda.empty_cache()
 
     def _probabilities(self, chunk: Tensor) -> Tensor:
-        chunk = chunk.contiguous(memory_format=torch.channels_last)
+        chunk = chunk.contiguous(memory_format=self.memory_format)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             probability = torch.sigmoid(self.network(chunk).float())
             if self.settings.flip:
-                mirrored = torch.sigmoid(self.network(chunk.flip(3)).float()).flip(3)
+                mirrored = torch.sigmoid(self.network(chunk.flip(-1)).float()).flip(-1)
                 probability = (probability + mirrored) / 2
         return probability
-
-    def _finish(self, scan: Scan, probability: Tensor) -> Prediction:
-        """Threshold `(R, D, h, w)`, paint, and put back on the native grid.
-
-        ScanError NON_FINITE where an answer is no number: over no threshold, it would look like a scan without a tumour.
-        """
-        if not bool(torch.isfinite(probability).all()):
-            raise ScanError(Code.NON_FINITE, f"{scan.scan_id}: the network answered with what is no number")
-        threshold = self.settings.threshold
-        assert isinstance(threshold, float), "`resolved` comes before"
-        painted = self.paint(probability, threshold)
-        kept = torch.from_numpy(label_map(self.card.label_map).masks(painted, self.card.regions)).to(probability.device)
-        head = torch.from_numpy(_head(scan, self.card.modalities)).to(probability.device)
-        trust = tuple(_trust(p, m, head) for p, m in zip(probability, kept, strict=True))
-        return Prediction(uncrop(painted, scan.grid, scan.box), trust, 0.0)
 
 
 def _crop_shape(scan: Scan) -> tuple[int, int, int]:
@@ -241,7 +284,9 @@ def has_fast_bf16(device: torch.device) -> bool:
 def fingerprint_of(card: ModelCard) -> str:
     """sha256 over what decides an answer: weights, architecture, preparation, modalities, regions, label values."""
     names = {"network", "prepare", "modalities", "regions", "label_map", "weights_sha256"}
-    decisive = card.model_dump(mode="json", include=names)
+    decisive = card.model_dump(mode="json", include=names, exclude={"network": {"deep_supervision"}})
+    if card.network.dimensions == 2:  # so that 2D models keep the fingerprint that their runs know them by
+        del decisive["network"]["dimensions"], decisive["prepare"]["patch"]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -282,25 +327,34 @@ def _check_card(card: ModelCard, where: str) -> None:
         label_map(card.label_map).masks(np.zeros(1, np.uint8), card.regions)
     except ConfigError as error:
         raise PreflightError(f"{where}: {one_line(str(error))[:300]}") from error
-    size, stride = card.prepare.size, card.network.stride
-    if size % stride or size < 2 * stride:
-        raise PreflightError(f"{where}: {len(card.network.widths)} levels do not fit a model grid of {size} pixels")
+    problem = misfit(card.network, card.prepare)
+    if problem:
+        raise PreflightError(f"{where}: {problem}")
     for name, words in (("modalities", card.modalities), ("regions", card.regions)):
         if not 0 < len(set(words)) == len(words) <= MOST_CHANNELS or not all(0 < len(w) <= MOST_CHANNELS for w in words):
             raise PreflightError(f"{where}: its {name} are none, doubled, or longer than any that exist")
+    _check_chosen(card, where)
+
+
+def _check_chosen(card: ModelCard, where: str) -> None:
+    """PreflightError where the card's choice is none that a run could use."""
+    smallest = card.chosen.get("smallest_component", 0)
+    if smallest != "largest" and (isinstance(smallest, bool) or not isinstance(smallest, int) or smallest < 0):
+        said = one_line(str(smallest))[:40]
+        raise PreflightError(f"{where}: chosen.smallest_component is {said}, expected a number of voxels, or largest")
     chosen = card.chosen.get("threshold", 0.5)
     if isinstance(chosen, bool) or not isinstance(chosen, float | int) or not 0 < chosen < 1:
         raise PreflightError(f"{where}: chosen.threshold is {one_line(str(chosen))[:40]}, expected a number between 0 and 1")
 
 
 def resolved(settings: SegmentConfig, card: ModelCard) -> SegmentConfig:
-    """The settings with `threshold: chosen` as the number that the model records; PreflightError where it records none."""
-    if settings.threshold != "chosen":
-        return settings
-    if "threshold" not in card.chosen:
-        way = "run `brainseg evaluate RUN --threshold-sweep` first, or give a number"
-        raise PreflightError(f"model '{card.name}' records no chosen threshold; {way}")
-    return settings.model_copy(update={"threshold": float(card.chosen["threshold"])})
+    """The settings with what the model records in place of `chosen`; PreflightError where it records none."""
+    asked = [name for name in CHOICES if getattr(settings, name) == "chosen"]
+    for name in asked:
+        if name not in card.chosen:
+            way = "run `brainseg evaluate RUN --threshold-sweep` first, or give a number"
+            raise PreflightError(f"model '{card.name}' records no chosen {name.replace('_', ' ')}; {way}")
+    return settings.model_copy(update={name: card.chosen[name] for name in asked})
 
 
 def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = None) -> Model:

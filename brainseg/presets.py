@@ -53,6 +53,7 @@ PRESETS: Mapping[str, TrainConfig] = {
             epochs=16,
             batch_size=16,
             ema_decay=0.998,
+            choose=True,
         ),
         TrainConfig(
             name="figshare-256",
@@ -76,6 +77,7 @@ PRESETS: Mapping[str, TrainConfig] = {
             batch_size=16,
             foreground_share=0,
             ema_decay=0.998,
+            choose=True,
         ),
         TrainConfig(
             name="brats2020-128",
@@ -100,6 +102,20 @@ PRESETS: Mapping[str, TrainConfig] = {
             epochs=40,
             batch_size=32,
             ema_decay=0.999,
+            choose=True,
+        ),
+        TrainConfig(
+            name="brats-3d",
+            modalities=("flair", "t1", "t1c", "t2"),
+            regions=("WT", "TC", "ET"),
+            network=NetworkConfig(dimensions=3, widths=(16, 32, 64, 128), norm="group", deep_supervision=2),
+            prepare=PrepareConfig(size=160, frame="head", normalise="zscore", patch=(64, 64, 64)),
+            augment=STRONG_AUGMENT.model_copy(update={"rotate_degrees": 15, "elastic": 0.2, "modality_dropout": 0.1}),
+            optimiser=STRONG_OPTIMISER,
+            epochs=25,
+            batch_size=2,
+            samples_per_epoch=120,
+            ema_decay=0.99,
         ),
         TrainConfig(
             name="demo",

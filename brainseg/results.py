@@ -15,9 +15,19 @@ def describe_model(card: ModelCard, out: str) -> str:
         for name, summaries in card.baselines.items():
             if region in summaries:
                 lines.append(f"  baseline {name.replace('_', ' ')}: {_figures(summaries[region])}")
+    for region, s in card.metrics.get("held_out_chosen", {}).items():
+        lines.append(f"{choice_words(card.chosen)}, {region}: {_figures(s)} ({s['rule']}, {s['num_scans']} scans)")
     if card.selection_biased:
         lines.append("selection_biased: the held-out fold also chose the checkpoint")
     return "\n".join(lines)
+
+
+def choice_words(chosen: Mapping[str, Any]) -> str:
+    """What a model's validation patients chose, or that they chose nothing."""
+    flip = ", flipped" if chosen["settings"]["flip"] else ""
+    what = f"threshold {chosen['threshold']:g}, smallest component {chosen['smallest_component']}{flip}"
+    who = f"on {chosen['num_patients']} validation patients" if chosen["chosen_on"] else f"by nobody: {chosen['why']}"
+    return f"held-out fold as chosen {who} ({what})"
 
 
 def _figures(s: Mapping[str, Any]) -> str:
@@ -51,8 +61,17 @@ def _comparison_words(region: str, c: Mapping[str, Any]) -> str:
 
 
 def _threshold(s: Mapping[str, Any]) -> str:
-    threshold = s["runs"][0]["threshold"]
-    return f"{threshold['value']}" + (f" (chosen on {threshold['chosen_on']})" if threshold["chosen_on"] else "")
+    """Threshold and, where one was used, component rule, with who chose them."""
+    run = s["runs"][0]
+    words = [f"{run['threshold']['value']}{_chosen_on(run['threshold'])}"]
+    smallest = run.get("smallest_component") or {"value": 0}
+    if smallest["value"]:
+        words.append(f"smallest component {smallest['value']}{_chosen_on(smallest)}")
+    return ", ".join(words)
+
+
+def _chosen_on(setting: Mapping[str, Any]) -> str:
+    return f" (chosen on {setting['chosen_on']})" if setting["chosen_on"] else ""
 
 
 def _region_words(r: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ anywhere can feed them. The stage functions are the same (`stages.py`), the rows
 """
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,9 +20,10 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from brainseg import inflight, manifest, runs, storage
 from brainseg.config import How, SegmentConfig
-from brainseg.errors import FailureLimitError, PreflightError, UsageError
+from brainseg.ensemble import Members, find_members, refuse_unanswered
+from brainseg.errors import FailureLimitError, PreflightError, StorageError, UsageError
 from brainseg.lease import Lease, refuse_if_held
-from brainseg.model import ModelCard, fingerprint_of, load_card, resolved
+from brainseg.model import CHOICES, ModelCard, resolved
 from brainseg.session import Cluster, await_room, connect, lifeline, plain_words, require, require_room
 from brainseg.stages import Job
 from brainseg.verify import verify_run as verify_run
@@ -91,22 +92,29 @@ class Ear:
 
 
 def segment_archive(
-    source: str, model_uri: str, out: str, settings: SegmentConfig, how: How | None = None, ear: Ear | None = None
+    source: str,
+    models: str | Sequence[str],
+    out: str,
+    settings: SegmentConfig,
+    how: How | None = None,
+    ear: Ear | None = None,
 ) -> dict[str, int]:
     """Segment every scan of an archive or manifest into the run folder `out`; returns the counts of run.json.
 
-    Resumes what is there. Raises UsageError or RunError before anything is written where source, model or `out` cannot
-    serve, and FailureLimitError once more scans failed than `how.max_failures` allows.
+    Several models, or the folds of a cross-validation, answer as an ensemble. Resumes what is there. Raises UsageError or
+    RunError before anything is written where source, models or `out` cannot serve, and FailureLimitError once more scans
+    failed than `how.max_failures` allows.
     """
     how, ear = how or How(), ear or Ear()
     started = time.monotonic()
     table = load_source(source)
-    card = load_card(model_uri)
-    chosen_on = card.chosen.get("chosen_on") if settings.threshold == "chosen" else None
-    settings = resolved(settings, card)
+    members = find_members([models] if isinstance(models, str) else models, settings)
+    card = members.card
+    asked, settings = settings, resolved(settings, card)
     check_modalities(table, card)
+    refuse_unanswered(table, members, settings)
     limit = failure_limit(how.max_failures, table.num_rows)
-    identity = runs.Identity(manifest.fingerprint(table), fingerprint_of(card), settings.fingerprint())
+    identity = runs.Identity(manifest.fingerprint(table), members.fingerprint, settings.fingerprint())
     if how.dry_run:
         size = sum(table["size_bytes"].to_pylist()) / 1e6
         ear.say(f"would segment {table.num_rows} scans ({size:.0f} MB) with model '{card.name}' into {out}")
@@ -116,14 +124,13 @@ def segment_archive(
     if cluster is not None:
         make_plan(cluster, table.num_rows, how)
     with Lease(out) as lease:
-        threshold = {"value": settings.threshold, "chosen_on": chosen_on}
-        body = runs.open_run(out, identity, _description(source, model_uri, card, settings) | {"threshold": threshold})
+        body = runs.open_run(out, identity, _description(source, members, settings) | _choices(asked, settings, card, ear.say))
         manifest.write_manifest(storage.join(out, runs.MANIFEST_FILE), table)
         storage.delete(storage.join(out, runs.SUCCESS_FILE))
         expected = runs.expected_tags(table)
         job = Job(
             out,
-            model_uri,
+            members.uris[0],
             settings,
             body["run_id"],
             body["attempt"],
@@ -133,10 +140,9 @@ def segment_archive(
             lease.generation,
             how.scan_seconds,
             inflight.left_behind(out),
+            members.uris[1:],
         )
-        progress = _drive(table, expected, job, Drive(how, limit, ear, cluster))
-        lease.check()
-        counts = runs.settle(out, expected) | _derive(out, card, body, progress)
+        progress, counts = _to_the_end(table, expected, job, Drive(how, limit, ear, cluster), body, lease)
         timings = {"total_s": time.monotonic() - started, **{f"{k}_s": v for k, v in progress.seconds.items()}}
         inflight.clear(out)
         lease.check()
@@ -165,6 +171,23 @@ class Drive:
     limit: int | None
     ear: Ear
     cluster: Cluster | None
+
+
+def _to_the_end(
+    table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive, body: Mapping[str, Any], lease: Lease
+) -> tuple[Progress, dict[str, int]]:
+    """Segment, settle and derive. Parts of an earlier attempt that turn out damaged are set aside, their scans done again."""
+    while True:
+        progress = _drive(table, expected, job, drive)
+        lease.check()
+        counts = runs.settle(job.run, expected)
+        try:
+            return progress, counts | _derive(job.run, job.card, body, progress)
+        except StorageError:
+            lost = runs.set_damaged_aside(job.run)
+            if not lost:
+                raise
+            drive.ear.say(f"{lost} part(s) of this run are damaged and were set aside; their scans are done again")
 
 
 def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive) -> Progress:
@@ -229,7 +252,7 @@ def failure_limit(text: str | None, total: int) -> int | None:
     return int(value * total / 100) if text.endswith("%") else int(value)
 
 
-def _description(source: str, model_uri: str, card: ModelCard, settings: SegmentConfig) -> dict[str, Any]:
+def _description(source: str, members: Members, settings: SegmentConfig) -> dict[str, Any]:
     kept = (
         "name",
         "regions",
@@ -242,14 +265,25 @@ def _description(source: str, model_uri: str, card: ModelCard, settings: Segment
         "selection_biased",
         "accept_leakage",
     )
-    body = card.model_dump(mode="json")
+    body, several = members.card.model_dump(mode="json"), len(members.uris) > 1
+    model = {"uri": None if several else members.uris[0], "fingerprint": members.fingerprint, "split": body["split"]}
     return {
         "source": source,
         "brainseg_version": versions()["brainseg"],
-        "model": {"uri": model_uri, "fingerprint": fingerprint_of(card), "split": body["split"], **{k: body[k] for k in kept}},
+        "model": {**model, **({"members": members.describe()} if several else {}), **{k: body[k] for k in kept}},
         "config": settings.model_dump(mode="json"),
         "versions": versions(),
     }
+
+
+def _choices(asked: SegmentConfig, used: SegmentConfig, card: ModelCard, say: Say) -> dict[str, Any]:
+    """Which threshold and component rule a run uses, and who chose them; says so where they were chosen for other answers."""
+    taken = [name for name in CHOICES if getattr(asked, name) == "chosen"]
+    flip = (card.chosen.get("settings") or {}).get("flip", used.flip)
+    if taken and flip != used.flip:
+        say(f"note: {' and '.join(taken)} chosen with flip={str(flip).lower()}; this run has flip={str(used.flip).lower()}")
+    chosen_on = {name: card.chosen.get("chosen_on") if name in taken else None for name in CHOICES}
+    return {name: {"value": getattr(used, name), "chosen_on": chosen_on[name]} for name in CHOICES}
 
 
 def make_plan(cluster: Cluster, scans: int, how: How) -> Plan:

@@ -5,8 +5,8 @@ absolute path that all nodes see, or an s3:// address. Only `config` may be rela
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Annotated, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
@@ -43,10 +43,17 @@ class TrainSpec(Config):
     config: Annotated[str | None, Field(description="a recipe of your own (YAML), from the root of the package")] = None
     set: Overrides = ()
     fold: Annotated[int | None, Field(ge=0, description="the fold kept back and reported on")] = None
-    workers: Annotated[int | None, Field(ge=1, description="null: one per GPU, or one")] = None
+    workers: Annotated[
+        int | str | None, Field(description="4, or 2..8 to take what the cluster has; null: one per GPU, or one")
+    ] = None
     accept_leakage: bool = False
     cv: Annotated[bool, Field(description="keep every fold back in turn, or those of `folds`; `out` gets a model each")] = False
     folds: Annotated[str | None, Field(description="with cv: only these, such as 0,2")] = None
+    log_to: Annotated[tuple[str, ...], Field(description="loggers besides: tensorboard[:DIR], mlflow[:URI]")] = ()
+    price_per_hour: Annotated[
+        float | None, Field(ge=0, description="what an hour of all the machines that train costs; null: nobody says")
+    ] = None
+    currency: Annotated[str, Field(description="of that price")] = "EUR"
 
 
 class SegmentSpec(Config):
@@ -54,7 +61,10 @@ class SegmentSpec(Config):
 
     archive: Annotated[Place | None, Field(description="a folder or s3:// prefix, indexed on the spot")] = None
     manifest: Annotated[Place | None, Field(description="what `brainseg index` wrote")] = None
-    model: Annotated[Place, Field(description="the model folder")]
+    model: Annotated[
+        Place | tuple[Place, ...],
+        Field(description="the model folder; several, or that of a cross-validation, answer as an ensemble"),
+    ]
     out: Annotated[Place, Field(description="the run folder; an unfinished run of the same kind is taken up again")]
     max_failures: Annotated[int | str | None, Field(description="stop once more scans failed than this: 50, or 5%")] = None
     set: Overrides = ()
@@ -76,8 +86,26 @@ class ReportSpec(Config):
     """`jobs/report.py`: the words of `brainseg report`."""
 
     runs: Annotated[tuple[Place, ...], Field(min_length=1, description="finished runs")]
-    out: Annotated[Place | None, Field(description="the page; null: report.html in the first run")] = None
+    out: Annotated[Place | None, Field(description="the page; null: report.html (.json, .csv, .md) in the first run")] = None
     rule: Annotated[Rule, Field(description="what becomes of scans where label and prediction are both empty")] = "exclude"
+    where: Annotated[str | None, Field(description="only these scans, such as: site = 'A' and fold in (0, 1)")] = None
+    compare: Annotated[Place | None, Field(description="another run on the same scans, compared pair by pair")] = None
+    reference: Annotated[Place | None, Field(description="a run to see drift from, without labels")] = None
+    format: Annotated[Literal["html", "json", "csv", "md"], Field(description="a page, or its numbers as a text")] = "html"
+
+
+Kind = Literal["train", "segment", "report"]
+Spec = TrainSpec | SegmentSpec | ReportSpec
+KINDS: Mapping[str, type[TrainSpec] | type[SegmentSpec] | type[ReportSpec]] = {
+    "train": TrainSpec,
+    "segment": SegmentSpec,
+    "report": ReportSpec,
+}
+
+
+def made_by(spec: Spec) -> str:
+    """The place that a job with this spec writes."""
+    return spec.out or storage.join(spec.runs[0], "report.html") if isinstance(spec, ReportSpec) else spec.out
 
 
 def read_spec(kind: type[S], path: str) -> S:

@@ -25,7 +25,7 @@ from brainseg.config import SegmentConfig
 from brainseg.errors import Code, ScanError, StorageError
 from brainseg.geometry import Grid
 from brainseg.masks import encode_mask
-from brainseg.model import Model, ModelCard, Prediction
+from brainseg.model import ModelCard, Prediction, Segmenter
 from brainseg.runs import content_tag
 from brainseg.scans import Scan, load_scan
 from brainseg.scoring import score_regions, with_trust
@@ -56,6 +56,8 @@ class Job:
     scan_seconds: float = 300.0
     suspects: frozenset[str] = frozenset()
     """Scans that were in flight when an earlier driver died."""
+    other_models: tuple[str, ...] = ()
+    """Whose probabilities are averaged with the model's."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,12 @@ def decode(row: Row, *, with_label: bool, limit: TimeLimit | None = None) -> Wor
     return replace(work, seconds_decode=time.perf_counter() - started)
 
 
-def predict(model: Model, works: Sequence[Work]) -> list[Work]:
+def predict(model: Segmenter, works: Sequence[Work]) -> list[Work]:
     """Segment scans together; if that fails, one by one, so that only the guilty fails."""
     ready = [w for w in works if w.scan is not None]
     try:
-        answers = iter(model.predict([w.scan for w in ready if w.scan is not None])) if ready else iter(())
+        scans, whose = [w.scan for w in ready if w.scan is not None], [w.row["patient_id"] for w in ready]
+        answers = iter(model.predict(scans, whose)) if ready else iter(())
     except Exception:  # noqa: BLE001  whoever caused it is found, and named, by trying each scan alone
         if len(works) > 1:
             return [one for w in works for one in predict(model, [w])]
@@ -137,10 +140,10 @@ def predict(model: Model, works: Sequence[Work]) -> list[Work]:
     return [replace(w, prediction=(p := next(answers)), seconds_predict=p.seconds) if w.scan is not None else w for w in works]
 
 
-def _predict_alone(model: Model, work: Work) -> Work:
+def _predict_alone(model: Segmenter, work: Work) -> Work:
     def call() -> Work:
         assert work.scan is not None
-        answer = model.predict([work.scan])[0]
+        answer = model.predict([work.scan], [work.row["patient_id"]])[0]
         return replace(work, prediction=answer, seconds_predict=answer.seconds)
 
     done = guarded("predict", work.row["scan_id"], call, work.row)

@@ -1,11 +1,21 @@
-"""Sweep: choose a model's threshold on its validation patients, and write the choice into the model.
+"""Sweep: choose on a model's validation patients what is done with its probabilities, and write the choice into the model.
 
-It comes between a trained model and a run. The patients of the test part are never looked at, so a figure on them stays an
-evaluation; the validation patients chose the checkpoint already, so the curve itself is none. No run uses the choice unless
-its settings say `threshold: chosen`.
+It comes between a trained model and a run: threshold and smallest component are chosen together, by mean per-scan Dice. The
+patients of the test part are never looked at, so a figure on them stays an evaluation; the validation patients chose the
+checkpoint already, so the figures here are none. No run uses the choice unless its settings say `chosen`.
+
+Validation patients are few and candidates many, so the best of them is mostly luck. A candidate must therefore beat the
+default by more than one standard error of the paired difference over patients (after the one-standard-error rule of Breiman
+et al., Classification and Regression Trees, 1984), and where it changes both threshold and component rule, also each of the
+two alone, so that what one patient gains by the one does not ride on what all gain a little by the other. The error is the
+jackknife's, every patient left out once: with one scan a patient that is the usual s / sqrt(n), under which a gain that is
+one patient's alone never suffices, however large. It also holds for several scans a patient, several regions, and scans
+without a value. One patient chooses nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,54 +23,72 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brainseg import manifest
-from brainseg.aggregate import Rule, aggregate
+from brainseg.aggregate import Rule
 from brainseg.config import SegmentConfig
 from brainseg.errors import PreflightError, ScanError, StorageError
 from brainseg.geometry import to_canonical
-from brainseg.model import Model, ModelCard, load_model, save_card
+from brainseg.model import ModelCard, Segmenter, load_model, save_card
+from brainseg.postprocess import Smallest
 from brainseg.prepare import canonical_box, select_modalities
 from brainseg.regions import label_map
 from brainseg.scans import Scan, load_scan
 from brainseg.scoring import in_model_values
 
 THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 20))
-DEFAULT = 0.5
+SMALLEST: tuple[Smallest, ...] = (0, 50, 200, 1000, "largest")
+DEFAULT: tuple[float, Smallest] = (0.5, 0)
 """Always among the candidates, and wins a tie: a choice must earn itself."""
 SCANS_TOGETHER = 4
 """Scans that share forward batches; more would only take memory."""
+ROUNDING = 1e-9
+"""A difference is more than an error only beyond what floats leave of sums."""
 Row = Mapping[str, Any]
+Floats = NDArray[np.float64]
 Say = Callable[[str], None]
 
 
-def sweep_thresholds(
+@dataclass(frozen=True)
+class Candidates:
+    """What is tried: every threshold, ascending, with every component rule. The default is always among them."""
+
+    thresholds: tuple[float, ...]
+    smallest: tuple[Smallest, ...]
+
+    @classmethod
+    def of(cls, thresholds: Iterable[float] = THRESHOLDS, smallest: Iterable[Smallest] = SMALLEST) -> "Candidates":
+        rules = {*smallest, DEFAULT[1]}
+        ordered = sorted(rules, key=lambda rule: math.inf if rule == "largest" else rule)
+        return cls(tuple(sorted({*thresholds, DEFAULT[0]})), tuple(ordered))
+
+    def __iter__(self) -> Iterator[tuple[float, Smallest]]:
+        return ((threshold, smallest) for threshold in self.thresholds for smallest in self.smallest)
+
+
+def sweep_model(
     model_uri: str,
     manifest_uri: str,
-    thresholds: Sequence[float] = THRESHOLDS,
+    candidates: Candidates | None = None,
     rule: Rule = "exclude",
     settings: SegmentConfig | None = None,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Choose one threshold for all regions by mean per-scan Dice over the model's validation part; returns what is recorded.
+    """Choose threshold and smallest component, for all regions alike, over the model's validation part; returns the record.
 
-    The record goes into the model's card as `chosen`; weights and fingerprint stay. Raises PreflightError where the manifest
-    is not the one the model's split was made on, holds no labelled validation scan, or no tumour to choose by. Regions
-    without a tumour have no say.
+    The record goes into the model's card as `chosen`; weights and fingerprint stay. Of `settings` flip and precision count.
+    Raises PreflightError where the manifest is not the one the model's split was made on, holds no labelled validation scan,
+    or no tumour to choose by. Regions without a tumour have no say.
     """
-    settings = (settings or SegmentConfig()).model_copy(update={"threshold": DEFAULT})
-    model = load_model(model_uri, settings)
+    threshold, smallest = DEFAULT
+    settings = (settings or SegmentConfig()).model_copy(update={"threshold": threshold, "smallest_component": smallest})
+    model, candidates = load_model(model_uri, settings), candidates or Candidates.of()
     rows = validation_rows(model.card, manifest_uri)
-    candidates = sorted({*thresholds, DEFAULT})
-    scored: list[list[dict[str, Any]]] = [[] for _ in candidates]
+    tried: list[dict[str, Any]] = []
     failed: list[str] = []
-    for row, scan, probability in _answered(model, rows, failed, say):
-        for rows_so_far, entries in zip(scored, score_at(model, row, scan, probability, candidates), strict=True):
-            rows_so_far += entries
-    record = _choose(candidates, scored, rule, say) | {
-        "num_scans": len(rows) - len(failed),
-        "num_patients": len({row["patient_id"] or row["scan_id"] for row in rows if row["scan_id"] not in failed}),
-        "num_failed": len(failed),
-        "settings": {"flip": settings.flip, "precision": settings.precision},
-    }
+    for group in _readable(rows, model.card, failed, say):
+        tried += try_candidates(model, group, candidates)
+    record = choose(tried, settings, rule) | {"num_failed": len(failed)}
+    for line in describe(record):
+        say(line)
     save_card(model_uri, model.card.model_copy(update={"chosen": record}))
     return record
 
@@ -86,28 +114,39 @@ def validation_rows(card: ModelCard, manifest_uri: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _answered(model: Model, rows: Sequence[dict[str, Any]], failed: list[str], say: Say) -> Iterator[tuple[Row, Scan, Tensor]]:
-    """Each readable scan with the network's probabilities on its canonical crop; ids of the others go into `failed`."""
+def _readable(rows: Sequence[dict[str, Any]], card: ModelCard, failed: list[str], say: Say) -> Iterator[list[tuple[Scan, Row]]]:
+    """The readable scans, a few at a time; ids of the others go into `failed`."""
     for start in range(0, len(rows), SCANS_TOGETHER):
-        able: list[tuple[Row, Scan]] = []
+        able: list[tuple[Scan, Row]] = []
         for row in rows[start : start + SCANS_TOGETHER]:
             try:
                 scan = load_scan(row)
-                select_modalities(scan, model.card.modalities)
+                select_modalities(scan, card.modalities)
             except (ScanError, StorageError) as error:
                 failed.append(row["scan_id"])
                 say(f"left out: {row['scan_id']}: {error}")
             else:
-                able.append((row, scan))
+                able.append((scan, row))
         if able:
-            answers = model.probabilities([scan for _, scan in able])
-            yield from ((row, scan, answer) for (row, scan), answer in zip(able, answers, strict=True))
+            yield able
 
 
-def score_at(
-    model: Model, row: Row, scan: Scan, probability: Tensor, thresholds: Sequence[float]
-) -> list[list[dict[str, Any]]]:
-    """Per threshold (ascending) one entry a region that the label knows: state, tp, fp, fn and Dice on the native grid.
+# --- trying -----------------------------------------------------------------------------------------------------------
+
+
+def try_candidates(model: Segmenter, group: Sequence[tuple[Scan, Row]], candidates: Candidates) -> list[dict[str, Any]]:
+    """What each candidate makes of each labelled scan: one entry a scan, candidate and region that the label knows."""
+    labelled = [(scan, row) for scan, row in group if scan.label is not None]
+    answers = model.probabilities([scan for scan, _ in labelled]) if labelled else ()
+    return [
+        entry
+        for (scan, row), answer in zip(labelled, answers, strict=True)
+        for entry in _tried(model, scan, row, answer, candidates)
+    ]
+
+
+def _tried(model: Segmenter, scan: Scan, row: Row, probability: Tensor, candidates: Candidates) -> Iterator[dict[str, Any]]:
+    """Threshold, component rule, region, state, tp, fp, fn and Dice on the native grid.
 
     `probability` is `(R, d, h, w)` on the scan's canonical crop; outside it nothing is ever predicted.
     """
@@ -115,19 +154,20 @@ def score_at(
     meaning = label_map(model.card.label_map)
     truth = _truth(scan, str(row["label_map"]), model.card, names)  # (R, D, H, W)
     box, _ = canonical_box(scan.grid, scan.box)
-    inside = truth[:, *(slice(a, b) for a, b in box)]
-    sizes = truth.sum(axis=(1, 2, 3))
     # At or below the lowest threshold a voxel is background for all of them: the few others decide
-    live = (probability > thresholds[0]).any(dim=0)
-    few, known = probability[:, live], inside[:, live.cpu().numpy()]  # (R, N)
-    out = []
-    for threshold in thresholds:
-        masks = meaning.masks(model.paint(few, threshold), names)
-        overlap, predicted = (masks & known).sum(axis=1), masks.sum(axis=1)
-        who = {"scan_id": row["scan_id"], "patient_id": row["patient_id"]}
-        counts = zip(names, overlap.tolist(), predicted.tolist(), sizes.tolist(), strict=True)
-        out.append([{**who, "region": name, **_entry(tp, p, n)} for name, tp, p, n in counts])
-    return out
+    live = (probability > candidates.thresholds[0]).any(dim=0)
+    few, places = probability[:, live], live.cpu().numpy()
+    known, sizes = truth[:, *(slice(a, b) for a, b in box)][:, places], truth.sum(axis=(1, 2, 3))  # (R, N), (R,)
+    painted = np.zeros(places.shape, np.uint8)  # (d, h, w)
+    for threshold in candidates.thresholds:
+        painted[places] = model.paint(few, threshold)
+        for smallest in candidates.smallest:
+            masks = meaning.masks(model.drop_components(painted, smallest)[places], names)
+            overlap, predicted = (masks & known).sum(axis=1), masks.sum(axis=1)
+            which = {"threshold": threshold, "smallest_component": smallest}
+            who = {"scan_id": row["scan_id"], "patient_id": row["patient_id"]}
+            for name, tp, p, n in zip(names, overlap.tolist(), predicted.tolist(), sizes.tolist(), strict=True):
+                yield {**who, **which, "region": name, **_entry(tp, p, n)}
 
 
 def _truth(scan: Scan, meaning: str, card: ModelCard, names: Sequence[str]) -> NDArray[np.bool_]:
@@ -150,28 +190,128 @@ def _entry(tp: int, predicted: int, labelled: int) -> dict[str, Any]:
     }
 
 
-def _choose(thresholds: Sequence[float], scored: Sequence[Sequence[Row]], rule: Rule, say: Say) -> dict[str, Any]:
-    """The threshold of the best mean over regions, of equals the one nearest 0.5, with the curves it was chosen by."""
-    regions = list(dict.fromkeys(row["region"] for row in scored[0] if row["tp"] + row["fn"]))
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def choose(tried: Sequence[Row], settings: SegmentConfig, rule: Rule = "exclude") -> dict[str, Any]:
+    """The candidate of the best mean over regions among those that beat the default, see above.
+
+    Of equals the one nearest the default. The order of the entries does not matter. PreflightError where no label holds a
+    tumour.
+    """
+    regions = sorted({row["region"] for row in tried if row["tp"] + row["fn"]})
     if not regions:
         raise PreflightError("the validation scans hold no tumour, so no threshold is better than another")
-    means = [_region_means(rows, regions, rule) for rows in scored]
-    curve = [(t, sum(m.values()) / len(regions)) for t, m in zip(thresholds, means, strict=True)]
-    best = max(mean for _, mean in curve)
-    chosen = min((t for t, mean in curve if mean == best), key=lambda t: (abs(t - DEFAULT), t))
-    for t, mean in curve:
-        say(f"threshold {t:.2f}  mean Dice {mean:.4f}{' *' if t == chosen else ''}")
+    candidates = Candidates.of({r["threshold"] for r in tried}, {r["smallest_component"] for r in tried})
+    keys = list(candidates)
+    sums, counts = _totals(tried, keys, regions, rule)
+    means = _over_regions(sums.sum(axis=1), counts.sum(axis=1))
+    without = _leaving_one_out(sums, counts)
+    able = [k for k in range(len(keys)) if all(_beats(k, keys.index(other), means, without) for other in _rivals(keys[k]))]
+    best = max(range(len(keys)), key=lambda k: (means[k], _nearness(keys[k], candidates)))
+    chosen = max(able, key=lambda k: (means[k], _nearness(keys[k], candidates)))
+    means_of = dict(zip(keys, means.tolist(), strict=True))
     return {
-        "threshold": chosen,
+        **_named(keys[chosen]),
         "chosen_on": "validation",
         "rule": f"per scan, {rule}",
-        "curve": [list(point) for point in curve],
-        "at_0.5": dict(curve)[DEFAULT],
-        "regions": {region: [[t, m[region]] for t, m in zip(thresholds, means, strict=True)] for region in regions},
+        "mean": means_of[keys[chosen]],
+        "default_mean": means_of[DEFAULT],
+        "standard_error": _error(without[chosen] - without[keys.index(DEFAULT)]),
+        "best": {**_named(keys[best]), "mean": means_of[keys[best]]},
+        "table": [
+            {"smallest_component": s, "curve": [[t, means_of[t, s]] for t in candidates.thresholds]}
+            for s in candidates.smallest
+        ],
+        "regions": regions,
+        "patients": sorted({_whose(row) for row in tried}),
+        "num_scans": len({row["scan_id"] for row in tried}),
+        "num_patients": sums.shape[1],
+        "num_failed": 0,
+        "settings": {"flip": settings.flip, "precision": settings.precision},
     }
 
 
-def _region_means(rows: Sequence[Row], regions: Sequence[str], rule: Rule) -> dict[str, float]:
-    """Mean Dice of the named regions, in each of which some scan has a tumour, so that there is a mean under any rule."""
-    summaries = aggregate(rows, rule=rule)
-    return {region: summaries[region].dice.mean or 0.0 for region in regions}
+def unchosen(settings: SegmentConfig, why: str) -> dict[str, Any]:
+    """The record where nothing could be chosen: the default, and why."""
+    return {
+        **_named(DEFAULT),
+        "chosen_on": None,
+        "why": why,
+        "settings": {"flip": settings.flip, "precision": settings.precision},
+    }
+
+
+def _named(key: tuple[float, Smallest]) -> dict[str, Any]:
+    return {"threshold": key[0], "smallest_component": key[1]}
+
+
+def _nearness(key: tuple[float, Smallest], candidates: Candidates) -> tuple[float, float, float]:
+    """Larger for what changes less: the component rule counts first."""
+    return -candidates.smallest.index(key[1]), -round(abs(key[0] - DEFAULT[0]), 9), -key[0]
+
+
+def _whose(row: Row) -> str:
+    return str(row["patient_id"] or row["scan_id"])
+
+
+def _totals(
+    tried: Sequence[Row], keys: Sequence[tuple[float, Smallest]], regions: Sequence[str], rule: Rule
+) -> tuple[Floats, Floats]:
+    """Sum and number of the Dice values by candidate, patient and region: two `(K, P, R)`."""
+    patients = {name: p for p, name in enumerate(sorted({_whose(row) for row in tried}))}
+    place, column = {key: k for k, key in enumerate(keys)}, {name: r for r, name in enumerate(regions)}
+    sums = np.zeros((len(keys), len(patients), len(regions)))
+    counts = np.zeros_like(sums)
+    for row in sorted(tried, key=lambda r: str(r["scan_id"])):
+        value = 1.0 if rule == "brats" and row["state"] == "both_empty" else row["dice"]
+        if value is not None and row["region"] in column:
+            at = place[row["threshold"], row["smallest_component"]], patients[_whose(row)], column[row["region"]]
+            sums[at] += value
+            counts[at] += 1
+    return sums, counts
+
+
+def _over_regions(sums: Floats, counts: Floats) -> Floats:
+    """Mean over the regions that have a value of each one's mean over scans: `(..., R)` -> `(...)`."""
+    known = counts > 0
+    means: Floats = np.where(known, sums / np.maximum(counts, 1), 0).sum(axis=-1) / np.maximum(known.sum(axis=-1), 1)
+    return means
+
+
+def _rivals(key: tuple[float, Smallest]) -> set[tuple[float, Smallest]]:
+    """What a candidate has to beat: the default, and itself with either of its two settings at the default."""
+    return {DEFAULT, (key[0], DEFAULT[1]), (DEFAULT[0], key[1])} - {key}
+
+
+def _leaving_one_out(sums: Floats, counts: Floats) -> Floats:
+    """Each candidate's mean over regions without each patient in turn: `(K, P)`."""
+    return _over_regions(sums.sum(axis=1, keepdims=True) - sums, counts.sum(axis=1, keepdims=True) - counts)
+
+
+def _beats(one: int, other: int, means: Floats, without: Floats) -> bool:
+    """Whether a candidate's mean is above another's by more than a standard error of the difference."""
+    error = _error(without[one] - without[other])
+    return error is not None and bool(means[one] - means[other] > error * (1 + ROUNDING) + ROUNDING)
+
+
+def _error(differences: Floats) -> float | None:
+    """The jackknife's standard error of a difference `(P,)` from which each patient was left out; None for fewer than two."""
+    num = differences.size
+    return float(np.sqrt(((differences - differences.mean()) ** 2).sum() * (num - 1) / num)) if num > 1 else None
+
+
+def describe(record: Row) -> Iterator[str]:
+    """The table that was chosen from, a line a threshold, and what was chosen."""
+    rules = [row["smallest_component"] for row in record["table"]]
+    yield "mean Dice by threshold and smallest component (voxels):"
+    yield "        " + "  ".join(f"{rule!s:>8}" for rule in rules)
+    for points in zip(*(row["curve"] for row in record["table"]), strict=True):
+        marks = ("*" if _named((points[0][0], rule)).items() <= record.items() else " " for rule in rules)
+        yield f"  {points[0][0]:.2f}  " + "  ".join(f"{mean:7.4f}{mark}" for (_, mean), mark in zip(points, marks, strict=True))
+    if record["best"]["mean"] > record["mean"]:
+        best = record["best"]
+        yield (
+            f"best of all, but not by more than its standard error: threshold {best['threshold']:g}, smallest component "
+            f"{best['smallest_component']}, {best['mean']:.4f}"
+        )

@@ -35,8 +35,10 @@ def make_thumbnail(
     prediction: NDArray[np.uint8],
     modalities: Sequence[str],
     background: Sequence[float] | None = None,
+    *,
+    index: int | None = None,
 ) -> dict[str, Any]:
-    """Return the struct `tables.THUMBNAIL` of one scan.
+    """Return the struct `tables.THUMBNAIL` of one scan, of slice `index` in display order or of the one with the most tumour.
 
     `image` is (C, D, H, W) cropped to `box` inside `grid`; `label` and `prediction` are (D, H, W) on the whole grid, in
     label values. `background` holds the value that means "nothing here" per modality; without it the darkest value does.
@@ -45,7 +47,7 @@ def make_thumbnail(
     view = _View.of(grid, box)
     label_view = None if label is None else to_canonical(label, grid)
     prediction_view = to_canonical(prediction, grid)
-    index = _slice_with_most(label_view, prediction_view, middle=view.middle)
+    index = _slice_with_most(label_view, prediction_view, middle=view.middle) if index is None else index
 
     low, high = _window(image[channel], None if background is None else background[channel])
     plane = view.place(_to_bytes(view.cut(to_canonical(image[channel], grid), index), low, high))

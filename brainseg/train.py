@@ -7,7 +7,6 @@ whole scans after each epoch -> the best weights are measured once on the held-o
 
 import io
 import json
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,37 +19,61 @@ import ray
 import ray.train
 import ray.train.torch
 
-from brainseg import cache, manifest, storage
+from brainseg import cache, manifest, overlays, storage
 from brainseg.audit import Audit, audit_split
-from brainseg.config import TrainConfig
-from brainseg.course import BASELINES_FILE, FAILED_FILE, HELD_OUT_FILE, worker_loop
+from brainseg.config import Crew, TrainConfig, read_crew
+from brainseg.course import (
+    BASELINES_FILE,
+    FAILED_FILE,
+    HARDWARE_FILE,
+    HELD_OUT_CHOSEN_FILE,
+    HELD_OUT_FILE,
+    worker_loop,
+)
 from brainseg.curves import draw_curves
 from brainseg.errors import BrainsegError, PreflightError, ScanError, StorageError, UsageError
+from brainseg.loggers import Loggers, flat
 from brainseg.model import CARD, ModelCard, Split, load_card, save_model
 from brainseg.prepare import select_modalities
 from brainseg.regions import label_map
+from brainseg.report.training import write_training_page
 from brainseg.scans import Scan, load_scan
 from brainseg.session import Cluster, connect, require
 from brainseg.split import split_rows
+from brainseg.storage.arrow import ray_storage
 from brainseg.unet import UNet
 from brainseg.versions import versions
+from brainseg.watch import LOG, Price, Watcher, watching
 from brainseg.weights import blueprint, check_fit, tensors_of
 
 SCANS_PER_SHARD = 16
 MAX_WORKER_FAILURES = 2
+RESIZE_EVERY_S = 60.0
+"""How often a training of 2..8 workers looks whether the cluster has room for more."""
 LINES_LEFT_OUT = 10
 """Training scans that cannot be read are named one by one up to this many."""
 Row = Mapping[str, Any]
 Say = Callable[[str], None]
+NOBODY = Watcher()
 
 
 def train_model(
-    manifest_uri: str, out: str, config: TrainConfig, *, workers: int | None = None, say: Say = lambda _: None
+    manifest_uri: str,
+    out: str,
+    config: TrainConfig,
+    *,
+    workers: int | str | None = None,
+    say: Say = lambda _: None,
+    watcher: Watcher = NOBODY,
 ) -> ModelCard:
-    """Train on a manifest and leave a model folder at `out`; returns its card.
+    """Train on a manifest and leave a model folder at `out`; returns its card. `watcher` is told how far it is.
+
+    `workers` is a number, or a range such as `2..8`: then as many train as the cluster has room for at any time, and after
+    each change they go on from the last finished epoch.
 
     Raises UsageError before anything is written where manifest, config, `out` or cluster cannot serve.
     """
+    began = time.monotonic()
     table = manifest.read_manifest(manifest_uri)
     card, parts = draft(table, config)
     config = card.train
@@ -60,23 +83,72 @@ def train_model(
         return finished
     card = _audited(card, audit_split(parts, recorded=manifest.recorded_audit(manifest_uri)), say)
     cluster = connect()
-    count = workers or max(1, int(cluster.gpus))
-    if count > config.batch_size:
-        raise PreflightError(f"{count} workers cannot share batches of {config.batch_size}; ask for fewer workers")
-    per_worker = max(1, cluster.cores // count)
-    require(cluster, cpus=count * per_worker + 1, gpus=count if cluster.gpus else 0, what=f"training with {count} workers")
+    crew = read_crew(workers or max(1, int(cluster.gpus)))
+    if crew.most > config.batch_size:
+        raise PreflightError(f"{crew.most} workers cannot share batches of {config.batch_size}; ask for fewer workers")
+    per_worker = max(1, cluster.cores // crew.most)
+    least = {"cpus": crew.fewest * per_worker + 1, "gpus": crew.fewest if cluster.gpus else 0}
+    require(cluster, **least, what=f"training with {crew.fewest} workers")
     work = f"{out}.work"
     if not claimed_before(work, card):
         storage.write_json(storage.join(work, "training.json"), _claim(card))
     sizes = ", ".join(f"{len(p)} {name}" for name, p in parts.items())
-    say(f"scans: {sizes}; {count} worker(s) of {per_worker} CPU(s){' and a GPU' if cluster.gpus else ''}")
+    say(f"scans: {sizes}; {crew} worker(s) of {per_worker} CPU(s){' and a GPU' if cluster.gpus else ''}")
     entries = _decode_once(work, table, {str(r["scan_id"]) for r in parts["train"]}, config, say)
     for part in ("validation", "test"):
         manifest.write_manifest(storage.join(work, f"{part}.parquet"), _subset(table, parts[part]))
     manifest.write_manifest(storage.join(work, "train.parquet"), _subset(table, parts["train"]))
     storage.write_json(storage.join(work, "index.json"), [e.to_json() for e in entries])
-    _fit(work, card, count, per_worker, cluster, say)
-    return _keep(out, work, card)
+    before_s = _epochs_s(work)
+    with Loggers.of(watcher.log_to, out, config.model_dump(mode="json"), say) as loggers:
+        with watching(work, watcher, loggers, say):
+            _fit(work, card, crew, per_worker, cluster)
+        used = _used(work, crew.most, per_worker, cluster) | {"scans": _by_fold(parts)}
+        used |= cost(before_s + time.monotonic() - began, used, watcher.price)
+        card = _keep(out, work, card, used)
+        loggers.finish(dict(flat({"held_out": card.metrics["held_out"]})))
+    write_training_page(out)
+    return card
+
+
+def _epochs_s(work: str) -> float:
+    """Seconds of the epochs that earlier attempts at this training have finished."""
+    place = storage.join(work, LOG)
+    lines = storage.read_text(place).splitlines() if storage.exists(place) else []
+    return float(json.loads(lines[-1])["elapsed_s"]) if lines else 0.0
+
+
+def _used(work: str, count: int, per_worker: int, cluster: Cluster) -> dict[str, Any]:
+    """What the training ran on: the first worker's machine, and what was taken of the cluster; CPUs and GPUs on average."""
+    log = [json.loads(line) for line in storage.read_text(storage.join(work, LOG)).splitlines()]
+    mean = sum(m.get("workers") or count for m in log) / max(1, len(log))
+    taken: dict[str, Any] = {"workers": count, "cpus_per_worker": per_worker, "nodes": cluster.nodes}
+    taken |= {"cpus": mean * per_worker, "gpus": mean if cluster.gpus else 0}
+    return taken | {"hardware": storage.read_json(storage.join(work, HARDWARE_FILE))}
+
+
+def cost(seconds: float, used: Mapping[str, Any], price: Price | None) -> dict[str, Any]:
+    """Core-hours and GPU-hours of a training of so many seconds, and its price where an hour's is known.
+
+    Epochs of earlier attempts count; what those attempts did between their last epoch and their end does not.
+    """
+    hours = seconds / 3600
+    body = {"wall_s": round(seconds, 1), "core_hours": hours * used["cpus"], "gpu_hours": hours * used["gpus"]}
+    if price is not None:
+        body |= {"price_per_hour": price.per_hour, "currency": price.currency, "price": hours * price.per_hour}
+    return body
+
+
+def _by_fold(parts: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+    """Scans and named patients of each part of the split, fold by fold."""
+    groups: dict[tuple[str, int | None], list[Row]] = {}
+    for part, rows in parts.items():
+        for row in rows:
+            groups.setdefault((part, row["fold"]), []).append(row)
+    return [
+        {"part": part, "fold": fold, "scans": len(rows), "patients": len({r["patient_id"] for r in rows} - {None})}
+        for (part, fold), rows in sorted(groups.items(), key=lambda g: (list(parts).index(g[0][0]), str(g[0][1])))
+    ]
 
 
 def draft(table: pa.Table, config: TrainConfig) -> tuple[ModelCard, dict[str, list[Row]]]:
@@ -220,33 +292,31 @@ def _decode_batch(batch: pa.Table, config_body: dict[str, Any], shards: str) -> 
     return pa.Table.from_pylist(receipts, schema=pa.schema([("entry", pa.string()), ("problem", pa.string())]))
 
 
-def _fit(work: str, card: ModelCard, count: int, per_worker: int, cluster: Cluster, say: Say) -> None:
-    """Run the workers to the end, saying a line an epoch."""
+def _fit(work: str, card: ModelCard, crew: Crew, per_worker: int, cluster: Cluster) -> None:
+    """Run the workers to the end."""
+    scaling: dict[str, Any] = {  # a mapping, because the types that Ray publishes are those of its older class
+        "num_workers": (crew.fewest, crew.most) if crew.is_elastic else crew.most,
+        "elastic_resize_monitor_interval_s": RESIZE_EVERY_S,
+        "use_gpu": cluster.gpus > 0,
+        "resources_per_worker": {"CPU": per_worker, **({"GPU": 1} if cluster.gpus else {})},
+    }
+    filesystem, place = ray_storage(storage.join(work, "ray"))
     trainer = ray.train.torch.TorchTrainer(
         worker_loop,
         train_loop_config={"work": work, "card": card.model_dump(mode="json"), "threads": per_worker},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=count,
-            use_gpu=cluster.gpus > 0,
-            resources_per_worker={"CPU": per_worker, **({"GPU": 1} if cluster.gpus else {})},
-        ),
+        scaling_config=ray.train.ScalingConfig(**scaling),
         run_config=ray.train.RunConfig(
             name=card.train.fingerprint()[:16],
-            storage_path=storage.join(work, "ray"),
+            storage_path=place,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
-    done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(storage.join(work, "metrics.jsonl"), done, say), daemon=True)
-    watcher.start()
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise BrainsegError(f"training failed: {_root_cause(error)}") from error
-    finally:
-        done.set()
-        watcher.join()
 
 
 def _root_cause(error: BaseException) -> str:
@@ -254,25 +324,7 @@ def _root_cause(error: BaseException) -> str:
     return text[-1] if text else type(error).__name__
 
 
-def _watch(log: str, done: threading.Event, say: Say) -> None:
-    """Say each line that the first worker appends to the log, until the training is over."""
-    said, last = 0, False
-    while not last:
-        last = done.wait(1.0)
-        lines = storage.read_text(log).splitlines() if storage.exists(log) else []
-        for line in lines[said:]:
-            say(epoch_line(json.loads(line)))
-        said = len(lines)
-
-
-def epoch_line(m: Mapping[str, Any]) -> str:
-    """One epoch as a person reads it."""
-    dice = "" if m["validation_dice"] is None else f"  validation Dice {m['validation_dice']:.4f}{' *' if m['best'] else ''}"
-    pace = f"{m['samples_per_s']:.1f} slices/s  {m['elapsed_s']:.0f} s"
-    return f"epoch {m['epoch'] + 1:>3}/{m['epochs']}  loss {m['loss']:.4f}{dice}  {pace}"
-
-
-def _keep(out: str, work: str, card: ModelCard) -> ModelCard:
+def _keep(out: str, work: str, card: ModelCard, used: Mapping[str, Any]) -> ModelCard:
     """Make the model folder from what the workers left, then clear the work folder away."""
     result = storage.read_json(storage.join(work, "result.json"))
     state = result["state"]
@@ -282,15 +334,28 @@ def _keep(out: str, work: str, card: ModelCard) -> ModelCard:
                 "validation_dice": state["best_dice"],
                 "held_out": result["held_out"],
                 "held_out_scans": result["held_out_scans"],
+                "held_out_duplicated": result["held_out_duplicated"],
+                **({"held_out_chosen": result["held_out_chosen"]} if card.train.choose else {}),
             },
             "baselines": result["baselines"],
-            "training": {"epochs": state["epoch"], "best_epoch": state["best_epoch"], "seconds": round(state["elapsed_s"], 1)},
+            "chosen": result.get("chosen", {}),
+            "training": {
+                "epochs": state["epoch"],
+                "best_epoch": state["best_epoch"],
+                "seconds": round(state["elapsed_s"], 1),
+                **used,
+            },
         }
     )
-    for name in (HELD_OUT_FILE, BASELINES_FILE, FAILED_FILE):
+    rows_as_chosen = (HELD_OUT_CHOSEN_FILE,) if card.train.choose else ()
+    for name in (HELD_OUT_FILE, BASELINES_FILE, FAILED_FILE, *rows_as_chosen):
         storage.write_bytes(storage.join(out, name), storage.read_bytes(storage.join(work, name)))
-    log = storage.read_bytes(storage.join(work, "metrics.jsonl"))
-    storage.write_bytes(storage.join(out, "metrics.jsonl"), log)
+    pictures = [storage.name_of(entry.uri) for entry in storage.list_files(storage.join(work, overlays.FOLDER))]
+    for name in overlays.kept(pictures, state["best_epoch"]):
+        place = storage.join(overlays.FOLDER, name)
+        storage.write_bytes(storage.join(out, place), storage.read_bytes(storage.join(work, place)))
+    log = storage.read_bytes(storage.join(work, LOG))
+    storage.write_bytes(storage.join(out, LOG), log)
     storage.write_bytes(storage.join(out, "curves.png"), draw_curves([json.loads(x) for x in io.BytesIO(log)]))
     best = storage.join(work, "best.safetensors")
     weights = tensors_of(storage.read_bytes(best), best)

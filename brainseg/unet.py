@@ -1,9 +1,12 @@
-"""The network: a 2D U-Net (Ronneberger et al. 2015) rebuilt from its config, with one sigmoid head per region.
+"""The network: a U-Net (Ronneberger et al. 2015) rebuilt from its config, with one sigmoid head per region; 2D, or 3D with
+the same words (Cicek et al. 2016).
 
-Each level holds a block of two 3x3 convolutions; levels are joined by 2x2 max pooling on the way down, by a 2x2
-transposed convolution and a skip connection on the way up.
+Each level holds a block of two convolutions 3 wide; levels are joined by max pooling, 2 wide, on the way down, by a
+transposed convolution, 2 wide, and a skip connection on the way up. With deep supervision (Lee et al. 2015) some coarser
+levels of the way up have a head of their own, which is asked in training alone.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -11,24 +14,46 @@ from torch import Tensor, nn
 
 from brainseg.config import NetworkConfig
 
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a network of so many dimensions."""
+
+    convolution: type[nn.Conv2d] | type[nn.Conv3d]
+    lift: type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]
+    pool: type[nn.MaxPool2d] | type[nn.MaxPool3d]
+    batch_norm: type[nn.BatchNorm2d] | type[nn.BatchNorm3d]
+    instance_norm: type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]
+    dropout: type[nn.Dropout2d] | type[nn.Dropout3d]
+    memory_format: torch.memory_format
+
+
+LAYERS = {
+    2: Layers(
+        nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.Dropout2d, torch.channels_last
+    ),
+    3: Layers(
+        nn.Conv3d, nn.ConvTranspose3d, nn.MaxPool3d, nn.BatchNorm3d, nn.InstanceNorm3d, nn.Dropout3d, torch.contiguous_format
+    ),
+}
 GROUPS = 8
 PRIOR_LOGIT = -2.0
 """Tumour is rare: an untrained head starts by believing so, which saves the first hundred steps."""
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, each followed by norm and activation; optionally with a residual path."""
+    """Two convolutions, 3 wide, each followed by norm and activation; optionally with a residual path."""
 
     def __init__(self, channels_in: int, channels_out: int, config: NetworkConfig, dropout: float) -> None:
         super().__init__()
-        bias = config.norm == "none"
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias)
-        self.norm1 = _norm(config.norm, channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=bias)
-        self.norm2 = _norm(config.norm, channels_out)
+        bias, layers = config.norm == "none", LAYERS[config.dimensions]
+        self.conv1 = layers.convolution(channels_in, channels_out, 3, padding=1, bias=bias)
+        self.norm1 = _norm(config, channels_out)
+        self.conv2 = layers.convolution(channels_out, channels_out, 3, padding=1, bias=bias)
+        self.norm2 = _norm(config, channels_out)
         self.act = nn.ReLU(inplace=True) if config.activation == "relu" else nn.LeakyReLU(0.01, inplace=True)
-        self.drop: nn.Module = nn.Dropout2d(dropout) if dropout else nn.Identity()
-        self.shortcut = nn.Conv2d(channels_in, channels_out, 1, bias=False) if config.residual else None
+        self.drop: nn.Module = layers.dropout(dropout) if dropout else nn.Identity()
+        self.shortcut = layers.convolution(channels_in, channels_out, 1, bias=False) if config.residual else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(self.norm1(self.conv1(x)))
@@ -39,50 +64,62 @@ class Block(nn.Module):
         return out
 
 
-def _norm(kind: str, channels: int) -> nn.Module:
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    if kind == "instance":
-        return nn.InstanceNorm2d(channels, affine=True)
-    if kind == "group":
+def _norm(config: NetworkConfig, channels: int) -> nn.Module:
+    if config.norm == "batch":
+        return LAYERS[config.dimensions].batch_norm(channels)
+    if config.norm == "instance":
+        return LAYERS[config.dimensions].instance_norm(channels, affine=True)
+    if config.norm == "group":
         return nn.GroupNorm(GROUPS, channels)
     return nn.Identity()
 
 
 class UNet(nn.Module):
-    """Map slices `(B, C, H, W)` to region logits `(B, R, H, W)`; H and W must be multiples of `stride`."""
+    """Map slices `(B, C, H, W)` to region logits `(B, R, H, W)`, in 3D patches `(B, C, D, H, W)` to `(B, R, D, H, W)`.
+
+    D, H and W must be multiples of `stride`. In training with deep supervision the answer is a list: those logits, then each
+    coarser level's, half as large along every axis as the one before.
+    """
 
     def __init__(self, config: NetworkConfig, num_modalities: int, num_regions: int) -> None:
         super().__init__()
-        widths = config.widths
+        widths, layers = config.widths, LAYERS[config.dimensions]
         channels = num_modalities * (2 * config.context_slices + 1)
         lower_half = len(widths) // 2
         dropout = [config.dropout if level >= lower_half else 0.0 for level in range(len(widths))]
         self.stride = 2 ** (len(widths) - 1)
+        self.memory_format = layers.memory_format
         self.down = nn.ModuleList(
             Block(a, b, config, rate) for (a, b), rate in zip(pairwise((channels, *widths)), dropout, strict=True)
         )
-        self.pool = nn.MaxPool2d(2)
-        self.lift = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
+        self.pool = layers.pool(2)
+        self.lift = nn.ModuleList(layers.lift(b, a, 2, stride=2) for a, b in pairwise(widths))
         self.up = nn.ModuleList(Block(2 * a, a, config, rate) for a, rate in zip(widths[:-1], dropout[:-1], strict=True))
-        self.head = nn.Conv2d(widths[0], num_regions, 1)
+        self.head = layers.convolution(widths[0], num_regions, 1)
+        self.coarse_heads = nn.ModuleList(
+            layers.convolution(a, num_regions, 1) for a in widths[1 : 1 + config.deep_supervision]
+        )
         self.apply(_initialise)
-        nn.init.constant_(self.head.bias, PRIOR_LOGIT)  # type: ignore[arg-type]
+        for head in (self.head, *self.coarse_heads):
+            nn.init.constant_(head.bias, PRIOR_LOGIT)
 
-    def forward(self, x: Tensor) -> Tensor:
-        skips: list[Tensor] = []
-        for level, block in enumerate(self.down):
-            x = block(self.pool(x) if level else x)
-            skips.append(x)
-        for level in reversed(range(len(self.up))):
-            x = self.up[level](torch.cat([skips[level], self.lift[level](x)], dim=1))
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        levels: list[Tensor] = []  # of the way down first, then replaced by those of the way up
+        for number, block in enumerate(self.down):
+            x = block(self.pool(x) if number else x)
+            levels.append(x)
+        for number in reversed(range(len(self.up))):
+            x = self.up[number](torch.cat([levels[number], self.lift[number](x)], dim=1))
+            levels[number] = x
         logits: Tensor = self.head(x)
-        return logits
+        if not (self.training and len(self.coarse_heads)):
+            return logits
+        return [logits, *(head(level) for head, level in zip(self.coarse_heads, levels[1:], strict=False))]
 
 
 def _initialise(module: nn.Module) -> None:
     """He initialisation (He et al. 2015) for what feeds a rectifier."""
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Conv3d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -15,8 +15,9 @@ import ray
 import torch
 
 from brainseg import inflight, lease, runs, stages, storage
+from brainseg.ensemble import load_segmenter
 from brainseg.inflight import Flight
-from brainseg.model import Model, load_model
+from brainseg.model import Segmenter
 from brainseg.stages import Job, Row, Work
 from brainseg.time_limit import TimeLimit
 
@@ -103,14 +104,14 @@ def finish_block(block: pa.Table, job: Job) -> pa.Table:
     return receipt
 
 
-def ready_model(job: Job) -> Model:
-    """The network on this actor's device; one thread where it shares cores with its siblings."""
+def ready_model(job: Job) -> Segmenter:
+    """The network, or all of an ensemble's, on this actor's device; one thread where it shares cores with its siblings."""
     actor = ray.get_runtime_context().get_actor_id() or f"process-{os.getpid()}"
     inflight.note_start(job.run, actor)
     on_gpu = bool(ray.get_gpu_ids())
     if not on_gpu:
         torch.set_num_threads(1)
-    model = load_model(job.model, job.settings, torch.device("cuda" if on_gpu else "cpu"))
+    model = load_segmenter((job.model, *job.other_models), job.settings, torch.device("cuda" if on_gpu else "cpu"))
     inflight.note_ready(job.run, actor)
     return model
 

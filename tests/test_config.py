@@ -117,3 +117,28 @@ def test_an_unknown_preset_lists_the_known_ones():
 def test_the_stride_is_what_the_levels_make_of_a_pixel():
     assert NetworkConfig(widths=(8, 16, 32)).stride == 4
     assert PrepareConfig().size % NetworkConfig().stride == 0
+
+
+@pytest.mark.parametrize(
+    ("network", "prepare", "says"),
+    [
+        ({"dimensions": 3}, {}, r"needs prepare\.patch"),
+        (
+            {"dimensions": 3},
+            {"patch": [16, 16, 24]},
+            r"prepare\.patch is \[16, 16, 24\]; 5 levels need a multiple of 16, at least 32",
+        ),
+        ({"dimensions": 3, "widths": [4, 8]}, {"size": 32, "patch": [8, 40, 8]}, r"must fit in prepare\.size, 32"),
+        ({"dimensions": 3, "context_slices": 1}, {"patch": [32, 32, 32]}, "context_slices must be 0 with dimensions 3"),
+        ({}, {"patch": [32, 32, 32]}, "for network.dimensions 3 alone"),
+        ({}, {"size": 24}, r"prepare\.size is 24; 5 levels need a multiple of 16, at least 32"),
+    ],
+)
+def test_a_network_and_what_it_is_given_must_fit(network, prepare, says):
+    with pytest.raises(ConfigError, match=says):
+        build(TrainConfig, {"network": network, "prepare": prepare}, "r.yaml")
+
+
+def test_a_patch_may_be_deeper_than_a_model_grid_is_wide_and_the_grid_need_not_fit_the_levels():
+    values = {"network": {"dimensions": 3, "widths": [4, 8, 8]}, "prepare": {"size": 30, "patch": [64, 16, 24]}}
+    assert build(TrainConfig, values, "r.yaml").prepare.patch == (64, 16, 24)

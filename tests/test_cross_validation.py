@@ -9,7 +9,7 @@ import pytest
 from brainseg import commands, manifest, storage
 from brainseg.aggregate import aggregate, bootstrap_interval
 from brainseg.config import NetworkConfig, PrepareConfig, TrainConfig
-from brainseg.cross_validation import OUT_OF_FOLD, SUMMARY, cross_validate, describe
+from brainseg.cross_validation import OUT_OF_FOLD, OUT_OF_FOLD_CHOSEN, SUMMARY, cross_validate, describe
 from brainseg.errors import PreflightError, StorageError, UsageError
 from brainseg.folds import FoldPlan
 from brainseg.model import load_card
@@ -26,6 +26,8 @@ RECIPE = TrainConfig(
     batch_size=4,
     samples_per_epoch=8,
     validation_share=0.2,
+    choose=True,
+    flip_answers=True,
 )
 TORN_FOLD = 1
 
@@ -77,7 +79,10 @@ def test_a_fold_that_fails_leaves_the_finished_ones_and_the_same_command_goes_on
     assert story.after_the_break == {"fold-0", "fold-1.work"}
     assert "fold 1 did not finish; 1 of 2 are kept" in story.said[-1]
     assert (story.out / "fold-0" / "model.json").read_bytes() == story.first_model
-    assert {p.name for p in story.out.iterdir()} == {"fold-0", "fold-1", OUT_OF_FOLD, "baselines.parquet", SUMMARY}
+    assert {p.name for p in story.out.iterdir()} == {
+        *("fold-0", "fold-1", OUT_OF_FOLD, OUT_OF_FOLD_CHOSEN),
+        *("baselines.parquet", SUMMARY),
+    }
 
 
 def test_every_labelled_scan_is_judged_once_by_the_model_that_kept_it_back(story: Story) -> None:
@@ -135,6 +140,19 @@ def test_each_model_keeps_the_rows_behind_the_figures_of_its_card(story: Story) 
         assert card.metrics["held_out_scans"] == {"found": found, "scored": found - failed, "failed": failed}
         assert len(storage.read_json(str(place / "held_out_failed.json"))) == failed
         assert story.all["per_fold"][str(fold)]["held_out"] == card.metrics["held_out"]
+
+
+def test_what_validation_patients_chose_stands_in_the_card_and_in_rows_of_its_own(story: Story) -> None:
+    plain, chosen = (storage.read_table(str(story.out / name)) for name in (OUT_OF_FOLD, OUT_OF_FOLD_CHOSEN))
+    assert chosen.schema.equals(METRICS)
+    assert chosen["scan_id"].to_pylist() == plain["scan_id"].to_pylist()
+    for fold in (0, 1):
+        place = story.out / f"fold-{fold}"
+        card, rows = load_card(str(place)), storage.read_table(str(place / "held_out_chosen.parquet"))
+        assert card.metrics["held_out_chosen"]["tumor"]["dice_mean"] == aggregate(rows)["tumor"].dice.mean
+        assert card.chosen["settings"]["flip"] is True
+        assert set(card.chosen.get("patients", ())) <= set(card.split.validation)
+        assert card.metrics["held_out_duplicated"] == {}
 
 
 def test_both_baselines_stand_beside_the_model_on_the_same_scans(story: Story) -> None:

@@ -14,19 +14,24 @@ PACKAGE = ROOT / "brainseg"
 LAYERS = """
     __init__
     errors environment
-    regions geometry storage tables config versions time_limit
+    regions geometry storage tables config versions hardware time_limit outlines
+    heartbeat loggers watch
     unet losses presets
-    formats surfaces lesions metrics aggregate averaging comparison
-    contrasts layouts readers scans prepare thumbnails masks augment cache
+    formats surfaces lesions postprocess metrics aggregate averaging comparison
+    contrasts layouts readers scans prepare thumbnails masks augment sliding cache patches
     weights
     model
-    contents audit folds manifest lease inflight runs verify clean baselines split scoring learn curves
+    ensemble
+    contents audit folds manifest lease inflight runs verify clean baselines split scoring sweep learn curves overlays
+    report
     stages workers session held_out course
-    train cross_validation sweep segment report export phantom evaluate
+    train cross_validation segment export phantom evaluate
     console results
     commands
     specs demo
+    job submit submitted
     schemas
+    cli_jobs
     cli
 """
 """From the bottom to the top. A module may import what stands before it, in its own line or in one above."""
@@ -84,7 +89,7 @@ def test_one_file_talks_to_s3():
 
 def test_ray_stays_at_the_rim():
     talkers = {unit_of(p) for p in SOURCES if any(n.split(".")[0] == "ray" for n in imported(p))}
-    assert talkers == {"session", "course", "train", "segment", "evaluate", "workers"}
+    assert talkers == {"session", "course", "train", "segment", "evaluate", "workers", "submit"}
 
 
 def test_the_command_line_comes_up_without_heavy_packages():

@@ -18,10 +18,11 @@ from safetensors.torch import load, load_file, save
 from two_workers import SHARES, trained, uneven_batch, work
 
 from brainseg.cache import SampleSet, write_shard
-from brainseg.config import AugmentConfig, LossConfig, NetworkConfig, OptimiserConfig
+from brainseg.config import AugmentConfig, LossConfig, NetworkConfig, OptimiserConfig, PrepareConfig
 from brainseg.errors import PreflightError
 from brainseg.learn import (
     Worker,
+    accumulate,
     batches,
     epoch_order,
     learning_rate,
@@ -43,6 +44,16 @@ HARD = tiny_config(
     seed=3,
 )
 """All that keeps a state: batch norm, dropout, augmentation, moving average, momentum."""
+DEEP = tiny_config(network=NetworkConfig(widths=(8, 8, 8, 8), norm="group", deep_supervision=2), ema_decay=0.9, batch_size=5)
+VOLUME = tiny_config(
+    network=NetworkConfig(dimensions=3, widths=(8, 8, 8), norm="group", deep_supervision=1),
+    prepare=PrepareConfig(size=16, patch=(8, 8, 8)),
+    augment=STRONG_AUGMENT.model_copy(update={"elastic": 0.5, "low_resolution": 0.5}),
+    ema_decay=0.9,
+    batch_size=3,
+    samples_per_epoch=6,
+)
+"""A 3D network, taught on two levels."""
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +194,102 @@ class TestStep:
             make_learner(tiny_config(batch_size=4), len(samples), CPU, Worker(0, 5))
 
 
+def gradient_of(learner, images, masks):
+    """Loss, and the gradient of every weight as one vector."""
+    learner.network.train()
+    torch.manual_seed(9)
+    loss = accumulate(learner, images, masks)
+    return loss.item(), torch.cat([p.grad.flatten() for p in learner.network.parameters()])
+
+
+class TestVolumes:
+    def test_batches_are_patches_on_the_model_grid(self, samples):
+        learner = learner_for(VOLUME, samples)
+        made = list(batches(learner, samples, 0))
+        assert len(made) == 2
+        assert {tuple(images.shape) for images, _ in made} == {(3, 2, 8, 8, 8)}
+        assert {tuple(masks.shape) for _, masks in made} == {(3, 1, 8, 8, 8)}
+
+    def test_training_lowers_the_loss(self, samples):
+        optimiser = OptimiserConfig(learning_rate=1e-2, warmup_steps=0)
+        config = VOLUME.model_copy(update={"optimiser": optimiser, "augment": AugmentConfig(), "epochs": 6})
+        learner = learner_for(config, samples)
+        losses = [train_epoch(learner, samples, epoch) for epoch in range(6)]
+        assert losses[-1] < 0.8 * losses[0]
+
+    def test_the_gradient_in_small_parts_is_that_of_the_whole_batch(self, samples):
+        images, masks = next(batches(learner_for(VOLUME, samples), samples, 0))
+        loss, slope = gradient_of(learner_for(VOLUME, samples), images, masks)
+        part_loss, part = gradient_of(learner_for(VOLUME.model_copy(update={"micro_batch": 1}), samples), images, masks)
+        assert part_loss == pytest.approx(loss, rel=1e-5)
+        assert (part - slope).norm() < 1e-5 * slope.norm()
+
+
+class TestMicroBatch:
+    """A batch in small parts has the loss and the gradient of the batch in one."""
+
+    @pytest.mark.parametrize("kind", ["dice", "bce", "bce_dice"])
+    @pytest.mark.parametrize("over", ["batch", "sample"])
+    @pytest.mark.parametrize("network", ["group", "instance", "deep"])
+    def test_the_gradient_is_that_of_the_whole_batch(self, samples, kind, over, network):
+        shape = DEEP.network if network == "deep" else NetworkConfig(widths=(8, 8), norm=network)
+        config = tiny_config(network=shape, loss=LossConfig(kind=kind, dice_over=over), batch_size=7)
+        images, masks = samples.batch(np.array([2, 0, 3, 3, 7, 8, 1]), CPU)
+        loss, slope = gradient_of(learner_for(config, samples), images, masks)
+        for most in (1, 2, 3, 6, 9):
+            learner = learner_for(config.model_copy(update={"micro_batch": most}), samples)
+            part_loss, part_slope = gradient_of(learner, images, masks)
+            assert part_loss == pytest.approx(loss, rel=1e-5)
+            assert (part_slope - slope).norm() < 1e-5 * slope.norm()
+
+    def test_parts_of_a_batch_wise_dice_on_their_own_would_have_another(self, samples):
+        config = tiny_config(loss=LossConfig(kind="dice"), batch_size=4)
+        images, masks = samples.batch(np.array([2, 0, 3, 7]), CPU)
+        _, slope = gradient_of(learner_for(config, samples), images, masks)
+        learner = learner_for(config, samples)
+        for n in range(4):
+            learner.network.train()
+            loss_of(config.loss, learner.network(images[n : n + 1]), masks[n : n + 1]).div(4).backward()
+        alone = torch.cat([p.grad.flatten() for p in learner.network.parameters()])
+        assert (alone - slope).norm() > 0.05 * slope.norm()
+
+    @pytest.mark.parametrize("over", ["batch", "sample"])
+    def test_no_more_go_through_at_once_than_allowed(self, samples, over):
+        learner = learner_for(tiny_config(loss=LossConfig(dice_over=over), batch_size=7, micro_batch=3), samples)
+        seen = []
+        learner.network.down[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+        accumulate(learner, *samples.batch(np.arange(7), CPU))
+        assert seen == [3, 2, 2] * (2 if over == "batch" else 1)
+
+    def test_both_passes_drop_the_same_and_running_averages_move_once(self, samples):
+        """Otherwise the slope would be taken at other logits than those that are learnt from."""
+        learner = learner_for(HARD.model_copy(update={"micro_batch": 2, "loss": LossConfig(kind="dice")}), samples)
+        learner.network.train()
+        answers = []
+        learner.network.head.register_forward_hook(lambda _, __, out: answers.append(out.detach().clone()))
+        accumulate(learner, *samples.batch(np.array([2, 0, 3, 7]), CPU))
+        assert len(answers) == 4
+        assert torch.equal(answers[0], answers[2])
+        assert torch.equal(answers[1], answers[3])
+        assert learner.network.down[0].norm1.num_batches_tracked == 2
+
+    def test_parts_hold_tumour_and_empty_slices_alike(self, samples):
+        learner = learner_for(tiny_config(loss=LossConfig(kind="bce"), batch_size=4, micro_batch=2), samples)
+        seen = []
+        learner.network.down[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+        numbers = epoch_order(samples.foreground, learner.config, 0)[0]
+        images, masks = samples.batch(numbers, CPU)
+        accumulate(learner, images, masks)
+        assert torch.equal(torch.cat(seen), images[[0, 2, 1, 3]])
+        assert samples.foreground[numbers].tolist() == [True, True, False, False]
+
+
 class TestResume:
-    @pytest.mark.parametrize("config", [HARD, tiny_config(optimiser=OptimiserConfig(kind="adam"))], ids=["hard", "plain"])
+    @pytest.mark.parametrize(
+        "config",
+        [HARD, tiny_config(optimiser=OptimiserConfig(kind="adam")), DEEP, VOLUME],
+        ids=["hard", "plain", "deep", "volume"],
+    )
     def test_a_resumed_training_goes_on_to_the_last_bit(self, samples, config):
         whole = learner_for(config, samples)
         losses = [train_epoch(whole, samples, epoch) for epoch in range(2)]
@@ -217,6 +322,9 @@ class TestResume:
 PAIR = {
     "group": tiny_config(augment=AugmentConfig(flip=True, noise=0.1), ema_decay=0.9, batch_size=5),
     "batch": HARD.model_copy(update={"loss": LossConfig(kind="dice", dice_over="sample")}),
+    "deep": DEEP,
+    "volume": VOLUME.model_copy(update={"micro_batch": 1}),
+    "parts": DEEP.model_copy(update={"micro_batch": 1, "loss": LossConfig(kind="bce_dice")}),
 }
 
 
@@ -246,12 +354,13 @@ class TestTwoWorkers:
         assert any("running_mean" in name for name in states[0])
         assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
 
-    def test_learn_what_one_would_have_learnt(self, pair, entries):
-        alone = trained(PAIR["group"], entries, Worker())
-        assert float(pair[0]["group: loss"] + pair[1]["group: loss"]) / 2 == pytest.approx(float(alone["loss"]), rel=1e-4)
-        for name, value in alone.items():
-            if name.startswith(("network.", "averaged.")):
-                assert torch.allclose(pair[0][f"group: {name}"], value, atol=2e-4), name
+    @pytest.mark.parametrize("name", ["group", "deep", "parts", "volume"])
+    def test_learn_what_one_would_have_learnt(self, pair, entries, name):
+        alone = trained(PAIR[name].model_copy(update={"micro_batch": None}), entries, Worker())
+        assert float(pair[0][f"{name}: loss"] + pair[1][f"{name}: loss"]) / 2 == pytest.approx(float(alone["loss"]), rel=1e-4)
+        for key, value in alone.items():
+            if key.startswith(("network.", "averaged.")):
+                assert torch.allclose(pair[0][f"{name}: {key}"], value, atol=2e-4), key
 
     @pytest.mark.parametrize("kind", ["dice", "bce", "bce_dice"])
     @pytest.mark.parametrize("over", ["batch", "sample"])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brainseg.config import LossConfig
-from brainseg.losses import SMOOTH_VOXELS, Share, loss_of
+from brainseg.losses import SMOOTH_VOXELS, Share, loss_of, loss_over_levels
 
 ALL = [LossConfig(kind=kind, dice_over=over) for kind in ("dice", "bce", "bce_dice") for over in ("batch", "sample")]
 PER_SAMPLE = [c for c in ALL if c.kind == "bce" or c.dice_over == "sample"]
@@ -90,3 +90,62 @@ def test_half_precision_logits_are_summed_in_float32(config):
     """A sum over 300,000 pixels in bf16 or fp16 would lose or overflow."""
     logits, masks = torch.full((1, 1, 600, 500), 1.0), torch.ones(1, 1, 600, 500)
     assert loss_of(config, logits.bfloat16(), masks).item() == pytest.approx(loss_of(config, logits, masks).item(), rel=1e-6)
+
+
+class TestOverLevels:
+    """Deep supervision: 4 x 4 answers with coarser ones of 2 x 2 and 1 x 1."""
+
+    def perfect(self, masks):
+        """Logits that say of every pixel of every level whether it holds any tumour."""
+        out = [masks]
+        for _ in range(2):
+            b, r, h, w = out[-1].shape
+            out.append(out[-1].reshape(b, r, h // 2, 2, w // 2, 2).any(axis=(3, 5)).astype(float))
+        return [torch.tensor(80 * (2 * m - 1), dtype=torch.float32) for m in out]
+
+    @pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.kind} {c.dice_over}")
+    @FEW
+    @given(seed=st.integers(0, 10_000))
+    def test_a_perfect_answer_costs_nothing_on_any_level(self, config, seed):
+        _, masks = case(seed)
+        target = torch.tensor(masks, dtype=torch.float32)
+        assert loss_over_levels(config, self.perfect(masks), target).item() == pytest.approx(0, abs=1e-6)
+
+    @pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.kind} {c.dice_over}")
+    def test_each_level_weighs_half_of_the_one_before(self, config):
+        _, masks = case(1)
+        target, levels = torch.tensor(masks, dtype=torch.float32), self.perfect(masks)
+        plain = loss_of(config, -levels[0], target).item()
+        spoilt = [loss_over_levels(config, [*levels[:n], -levels[n], *levels[n + 1 :]], target).item() for n in range(3)]
+        assert spoilt[0] == pytest.approx(4 / 7 * plain)
+        coarse = torch.tensor(self.perfect(masks)[1].numpy() > 0, dtype=torch.float32)
+        assert spoilt[1] == pytest.approx(2 / 7 * loss_of(config, -levels[1], coarse).item())
+        assert spoilt[2] > 0
+
+    @pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.kind} {c.dice_over}")
+    def test_one_level_is_the_loss_itself_to_the_last_bit(self, config):
+        logits, masks = (torch.tensor(x, dtype=torch.float32) for x in case(2))
+        assert torch.equal(loss_over_levels(config, [logits], masks), loss_of(config, logits, masks))
+
+    def test_the_smallest_tumour_is_still_there_on_the_coarsest_level(self):
+        masks = np.zeros((1, 1, 4, 4))
+        masks[0, 0, 1, 2] = 1
+        levels = [torch.full((1, 1, n, n), -80.0) for n in (4, 2, 1)]
+        missed = loss_over_levels(LossConfig(kind="bce"), levels, torch.tensor(masks, dtype=torch.float32))
+        assert missed.item() == pytest.approx(80 * (4 / 16 + 2 / 4 + 1) / 7)
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.kind} {c.dice_over}")
+def test_a_volume_costs_what_its_voxels_cost_laid_out_flat(config):
+    logits, masks = (torch.tensor(x, dtype=torch.float32) for x in case(3, samples=2, size=8))
+    deep_logits, deep_masks = (x.reshape(2, 2, 4, 4, 4) for x in (logits, masks))
+    assert loss_of(config, deep_logits, deep_masks).item() == pytest.approx(loss_of(config, logits, masks).item(), rel=1e-6)
+
+
+def test_a_coarser_level_of_a_volume_marks_every_voxel_that_holds_tumour():
+    masks = torch.zeros(1, 1, 4, 4, 4)
+    masks[0, 0, 3, 1, 2] = 1
+    coarse = torch.full((1, 1, 2, 2, 2), -80.0)
+    coarse[0, 0, 1, 0, 1] = 80
+    levels = [80 * (2 * masks - 1), coarse]
+    assert loss_over_levels(LossConfig(), levels, masks).item() == pytest.approx(0, abs=1e-6)

@@ -35,6 +35,12 @@ class TestSavedAndLoaded:
         assert loaded.card == saved == load_card(str(tmp_path))
         assert saved.weights_sha256 == hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
 
+    def test_a_network_taught_on_several_levels_answers_with_the_finest(self, tmp_path):
+        deep = NetworkConfig(widths=(8, 8, 8), norm="group", deep_supervision=1)
+        model = make_model(tmp_path, make_card(tiny_config(network=deep)), LOW)
+        assert any(name.startswith("coarse_heads") for name in model.network.state_dict())
+        assert model.predict([make_scan()])[0].label.any()
+
     def test_equal_weights_make_equal_bytes(self, tmp_path):
         for name in "ab":
             make_model(tmp_path / name)
@@ -59,6 +65,12 @@ class TestSavedAndLoaded:
             update={"name": "another", "metrics": {"dice": 1}, "created_at": "later", "versions": {"torch": "9"}}
         )
         assert fingerprint_of(told) == fingerprint_of(card)
+        taught = card.model_copy(update={"network": card.network.model_copy(update={"deep_supervision": 1})})
+        assert fingerprint_of(taught) == fingerprint_of(card)
+
+    def test_a_model_keeps_the_fingerprint_it_had_when_all_networks_were_2d(self):
+        """Its runs know it by that, and could not be resumed under another."""
+        assert fingerprint_of(make_card()).startswith("12a6141a3e429a9db35487d0961fdf6d")
 
 
 def make_it_wide():
@@ -185,6 +197,53 @@ class TestPredict:
         model.settings = LOW
         with torch.inference_mode():
             assert not torch.allclose(model._forward(slices.flip(3)), model._forward(slices).flip(3), atol=1e-3)
+
+
+class TestVolumes:
+    """A 3D network: patches slide over each scan's volume."""
+
+    CONFIG = tiny_config(
+        network=NetworkConfig(dimensions=3, widths=(8, 8), norm="group"), prepare=PrepareConfig(size=32, patch=(4, 16, 16))
+    )
+
+    def test_the_answer_lies_on_the_native_grid(self, tmp_path):
+        model = make_model(tmp_path, make_card(self.CONFIG), SegmentConfig(threshold=1e-6))
+        for order, depth in (("LPS", 5), ("ASR", 9), (None, 2)):
+            scan = make_scan((depth, 30, 26), order=order)
+            label = model.predict([scan])[0].label
+            assert label.shape == scan.grid.shape
+            assert label[tuple(slice(a, b) for a, b in scan.box)].all()
+
+    def test_scans_together_are_answered_exactly_as_each_alone(self, tmp_path):
+        model = make_model(tmp_path, make_card(self.CONFIG), LOW)
+        scans = [make_scan((n, 30 + n, 24), seed=n, name=str(n)) for n in (3, 6)]
+        for scan, together in zip(scans, model.predict(scans), strict=True):
+            assert np.array_equal(together.label, model.predict([scan])[0].label)
+
+    def test_one_head_gets_one_answer_in_whatever_orientation_it_is_stored(self, tmp_path):
+        model = make_model(tmp_path, make_card(self.CONFIG), LOW)
+        plain = model.predict([make_scan(order="LPS")])[0]
+        assert 0 < plain.label.sum() < make_scan().image[0].size
+        scan = make_scan(order="ASR")
+        assert np.array_equal(to_canonical(model.predict([scan])[0].label, scan.grid), plain.label)
+
+    def test_mirroring_makes_the_answer_of_a_mirrored_patch_the_mirrored_answer(self, tmp_path):
+        model = make_model(tmp_path, make_card(self.CONFIG), LOW.model_copy(update={"flip": True}))
+        patches = torch.randn(2, 2, 4, 16, 16)
+        with torch.inference_mode():
+            assert torch.allclose(model._forward(patches.flip(4)), model._forward(patches).flip(4), atol=1e-6)
+
+    def test_memory_that_runs_out_halves_what_goes_through_together(self, tmp_path):
+        model = make_model(tmp_path, make_card(self.CONFIG), LOW)
+        expected = model.predict([make_scan((9, 30, 26))])[0]
+        model.network = Small(model.network, most=3)
+        assert np.array_equal(model.predict([make_scan((9, 30, 26))])[0].label, expected.label)
+        assert max(n for n in model.network.asked if n <= 3) >= 2
+
+    def test_the_patch_decides_an_answer(self):
+        card = make_card(self.CONFIG)
+        other = card.model_copy(update={"prepare": PrepareConfig(size=32, patch=(4, 16, 32))})
+        assert fingerprint_of(card) != fingerprint_of(other)
 
 
 class Small(nn.Module):

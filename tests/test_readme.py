@@ -123,6 +123,18 @@ def test_the_table_of_exit_codes_is_the_code():
     assert named == [int(code) for code in ExitCode]
 
 
+def test_every_line_of_what_happens_when_names_tests_that_exist():
+    table = README[README.index("| when | then |") : README.index("## The tree")]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) > 15
+    for line in lines:
+        named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", line.split("|")[-2])
+        assert named, line
+        for file, test in named:
+            text = (ROOT / "tests" / file).read_text()
+            assert f"def {test or 'test_'}" in text, (file, test)
+
+
 def test_the_codes_it_names_exist():
     named = set(re.findall(r"`([A-Z]+_?[A-Z_]*)`", README.split("## What happens when things break")[1]))
     assert named - {"BRAINSEG_DATA"} <= set(Code)

@@ -1,6 +1,7 @@
 """Bulk segmentation on a local Ray: every scan one row, whatever the plan, whatever was killed on the way."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,25 @@ def test_a_finished_run_verifies_and_a_second_command_redoes_nothing(finished: s
     assert any(f"{SCANS_MADE} of {SCANS_MADE} scans are done" in line for line in said)
 
 
+def test_a_part_whose_figures_cannot_be_read_is_set_aside_and_done_again(
+    finished: str, archive: Path, model: str, tmp_path: Path
+) -> None:
+    run = str(tmp_path / "run")
+    shutil.copytree(finished, run)
+    part = Path(runs.parts(run)[0])
+    table = storage.read_table(str(part))
+    storage.write_table(str(part), table.drop_columns(["regions"]))  # its keys are there, its figures are not
+    said: list[str] = []
+    segment.segment_archive(str(archive), model, run, SegmentConfig(), ear=segment.Ear(said.append))
+    assert [line for line in said if "damaged" in line] == [
+        "1 part(s) of this run are damaged and were set aside; their scans are done again"
+    ]
+    assert segment.verify_run(run) == []
+    kept, again = rows_of(finished), rows_of(run)
+    assert {s: r["mask_sha256"] for s, r in again.items()} == {s: r["mask_sha256"] for s, r in kept.items()}
+    assert {s for s in kept if kept[s]["finished_at"] != again[s]["finished_at"]} == set(table["scan_id"].to_pylist())
+
+
 def test_decoding_apart_or_in_the_actor_gives_the_same_masks_and_metrics(
     finished: str, archive: Path, model: str, tmp_path: Path
 ) -> None:
@@ -144,6 +164,7 @@ def test_the_failure_limit_stops_the_run_and_keeps_what_is_done(archive: Path, m
     assert segment.verify_run(run) == []
 
 
+@pytest.mark.slow  # test_kills.py kills a driver too
 def test_a_killed_driver_loses_nothing_and_the_next_one_redoes_nothing(model: str, tmp_path: Path) -> None:
     place, run = tmp_path / "archive", str(tmp_path / "run")
     write_archive(place, "lgg", scans=40, broken=2, shape=(12, 128, 128), seed=5)

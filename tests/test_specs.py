@@ -1,20 +1,16 @@
 """Specs and jobs: every spec in jobs/ can be submitted as it is, and one that cannot work is refused in one clear line."""
 
-import contextlib
 import os
 import re
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import factory
 import pytest
 import yaml
+from heads import ray_head
 
 from brainseg.errors import ConfigError, ExitCode, UsageError
 from brainseg.phantom import write_archive
@@ -46,10 +42,20 @@ def test_a_published_spec_is_valid_and_says_how_to_submit_it(path):
 
 
 def test_every_set_has_its_three_specs():
-    assert {p.name for p in SPECS} == {
-        "segment-my-archive.yaml",
-        *(f"{job}-{name}.yaml" for job in KINDS for name in ("lgg", "figshare", "brats")),
-    }
+    sets = ("lgg", "figshare", "brats", "my-archive")
+    assert {p.name for p in SPECS} == {f"{job}-{name}.yaml" for job in KINDS for name in sets}
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda p: p.name)
+def test_what_a_spec_offers_in_a_comment_can_be_taken(tmp_path, path):
+    kind = path.name.split("-")[0]
+    text = path.read_text()
+    for offered in re.findall(r"^# (\w+: .+)$", text, re.MULTILINE):
+        if offered.partition(":")[0] in KINDS[kind].model_fields:
+            (tmp_path / "spec.yaml").write_text(f"{text}\n{offered}\n")
+            assert read_spec(KINDS[kind], str(tmp_path / "spec.yaml"))
+    words = re.findall(r"^# (\w+): ", text, re.MULTILINE)
+    assert {word for word in words if word.islower()} <= KINDS[kind].model_fields.keys()
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, spec in KINDS.items() for name in spec.model_fields])
@@ -144,105 +150,20 @@ def test_a_dry_run_of_segment_needs_no_cluster(tmp_path):
 # ---- submitted -----------------------------------------------------------------------------------------------------------
 
 
-def free_ports(number):
-    """Ports that nobody listens on; another Ray on this machine may hold the usual ones."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-@pytest.fixture
-def head():
-    """A Ray head of its own, with a dashboard on a free port; gives the dashboard's address."""
-    port, agent = free_ports(2)
-    folder = tempfile.mkdtemp(prefix="bs")  # sockets below it must have short names
-    words = [
-        "start",
-        "--head",
-        "--block",
-        "--port=0",
-        "--num-cpus=4",
-        "--object-store-memory=200000000",
-        f"--temp-dir={folder}",
-    ]
-    words += ["--include-dashboard=true", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent}"]
-    command = [sys.executable, "-m", "ray.scripts.scripts", *words]
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # a job's `python` is this one
-    started = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(started.pid, signal.SIGTERM)
-        started.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def submitted(address, entrypoint):
-    """Submit as soon as the head is up; return the client and the submission's id."""
+@pytest.mark.slow
+def test_a_submitted_job_segments_an_archive_and_its_exit_code_can_be_read(tmp_path):
     from ray.job_submission import JobSubmissionClient
 
-    until = time.monotonic() + 120
-    while True:
-        try:
-            client = JobSubmissionClient(address)
-            return client, client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT)})
-        except (ConnectionError, RuntimeError):
-            if time.monotonic() > until:
-                raise
-            time.sleep(1)
-
-
-@pytest.mark.slow
-def test_a_submitted_job_segments_an_archive_and_its_exit_code_can_be_read(tmp_path, head):
     write_archive(tmp_path / "archive", "lgg", scans=6, broken=1, shape=(2, 32, 32))
     factory.make_model(tmp_path / "model", factory.make_card(factory.tiny_config(modalities=("flair",))))
     spec = write_spec(tmp_path, archive=f"{tmp_path}/archive", model=f"{tmp_path}/model", out=f"{tmp_path}/run")
-    client, submission = submitted(head, f"python jobs/segment.py {spec}")
-    until = time.monotonic() + 300
-    while not client.get_job_status(submission).is_terminal() and time.monotonic() < until:
-        time.sleep(1)
-    log = client.get_job_logs(submission)
-    assert client.get_job_info(submission).driver_exit_code == ExitCode.SOME_FAILED, log
+    with ray_head() as address:
+        client = JobSubmissionClient(address)
+        submission = client.submit_job(entrypoint=f"python jobs/segment.py {spec}", runtime_env={"working_dir": str(ROOT)})
+        until = time.monotonic() + 300
+        while not client.get_job_status(submission).is_terminal() and time.monotonic() < until:
+            time.sleep(1)
+        log = client.get_job_logs(submission)
+        assert client.get_job_info(submission).driver_exit_code == ExitCode.SOME_FAILED, log
     assert "5 of 6 scans segmented, 1 failed" in log
     assert (tmp_path / "run" / "_SUCCESS.json").is_file()
-
-
-# ---- the cluster's files -------------------------------------------------------------------------------------------------
-
-
-def documents():
-    return {d["kind"]: d for d in yaml.safe_load_all((ROOT / "cluster" / "rayjob-segment.yaml").read_text())}
-
-
-def test_the_rayjob_runs_a_job_of_ours_on_a_spec_that_is_valid(tmp_path):
-    made, rayjob = documents()["ConfigMap"], documents()["RayJob"]
-    script, spec = rayjob["spec"]["entrypoint"].split()[1:]
-    assert (ROOT / script.removeprefix("/app/")).is_file()
-    (tmp_path / "spec.yaml").write_text(made["data"][Path(spec).name])
-    assert read_spec(SegmentSpec, str(tmp_path / "spec.yaml")).source
-
-
-def test_the_rayjob_and_the_image_agree_on_the_version_of_ray():
-    named = documents()["RayJob"]["spec"]["rayClusterSpec"]["rayVersion"]
-    assert f'"ray[data,train,default]=={named}"' in (ROOT / "cluster" / "Dockerfile").read_text()
-
-
-def test_the_cluster_is_authenticated_and_its_head_takes_no_work():
-    cluster = documents()["RayJob"]["spec"]["rayClusterSpec"]
-    assert cluster["authOptions"] == {"mode": "token"}
-    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-
-
-def test_nothing_in_the_cluster_runs_as_root():
-    cluster = documents()["RayJob"]["spec"]["rayClusterSpec"]
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        assert group["template"]["spec"]["securityContext"]["runAsNonRoot"] is True
-    assert re.findall(r"^USER .+$", (ROOT / "cluster" / "Dockerfile").read_text(), re.MULTILINE)[-1] == "USER 1000"
-
-
-def test_what_the_image_copies_is_there():
-    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "cluster" / "Dockerfile").read_text(), re.MULTILINE)
-    assert copied
-    assert all((ROOT / name).exists() for names in copied for name in names.split())

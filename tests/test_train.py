@@ -10,7 +10,8 @@ from brainseg.config import AugmentConfig, LossConfig, NetworkConfig, OptimiserC
 from brainseg.errors import PreflightError, UsageError
 from brainseg.model import load_card, load_model
 from brainseg.phantom import write_archive
-from brainseg.train import train_model
+from brainseg.train import cost, train_model
+from brainseg.watch import Price
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -61,6 +62,37 @@ def test_training_leaves_a_model_folder_that_says_what_it_is(alone: Path) -> Non
     assert (alone / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert load_model(str(alone), SegmentConfig()).fingerprint
     assert not Path(f"{alone}.work").exists()
+
+
+def test_every_epoch_has_a_line_that_says_how_fast_it_was_and_on_what(alone: Path) -> None:
+    lines = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["train_s"] > 0
+        assert line["samples_per_s"] == pytest.approx(RECIPE.batch_size / line["train_s"])
+        assert line["gradient_norm"] > 0
+        assert line["device"] == "cpu"
+        assert line["peak_rss_bytes"] > 100 << 20
+    assert all(line["checkpoint_s"] > 0 for line in lines)
+    parts = ("train_s", "validate_s", "checkpoint_s")
+    assert sum(line[part] for line in lines for part in parts) <= lines[-1]["elapsed_s"] + lines[-1]["checkpoint_s"] + 1
+
+
+def test_a_training_leaves_its_page_and_the_picture_of_its_only_validation(alone: Path) -> None:
+    assert [p.name for p in (alone / "overlays").iterdir()] == ["epoch-020.png"]
+    assert "Epoch 20, the best" in (alone / "training.html").read_text()
+    training = load_card(str(alone)).training
+    assert training["workers"] == 1
+    assert training["wall_s"] >= training["seconds"]
+    assert training["core_hours"] == pytest.approx(training["wall_s"] * training["cpus"] / 3600, rel=0.01)
+    assert "price" not in training
+    assert sum(line["scans"] for line in training["scans"]) == 14
+
+
+@pytest.mark.parametrize(("gpus", "price"), [(0, None), (2, Price(2.5, "CHF"))])
+def test_what_a_training_costs_is_its_hours_times_what_somebody_stated(gpus: int, price: Price | None) -> None:
+    body = cost(7200, {"cpus": 8, "gpus": gpus}, price)
+    assert (body["core_hours"], body["gpu_hours"]) == (16, 2 * gpus)
+    assert (body.get("price"), body.get("currency")) == ((5.0, "CHF") if price else (None, None))
 
 
 def test_two_workers_take_the_same_twenty_steps_as_one(alone: Path, manifest_uri: str, tmp_path: Path) -> None:

@@ -63,3 +63,57 @@ def test_the_seed_alone_decides_the_weights():
         made.append(torch.cat([p.flatten() for p in UNet(config, 1, 1).parameters()]))
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
+
+
+class TestDeepSupervision:
+    DEEP = NetworkConfig(widths=(4, 8, 8, 8), deep_supervision=2)
+
+    def test_in_training_coarser_levels_answer_too_each_half_the_size_of_the_one_before(self):
+        answer = UNet(self.DEEP, 2, 3)(torch.randn(2, 2, 16, 24))
+        assert [tuple(a.shape) for a in answer] == [(2, 3, 16, 24), (2, 3, 8, 12), (2, 3, 4, 6)]
+
+    def test_in_use_the_finest_alone_answers_as_if_the_others_were_not_there(self):
+        network, plain = UNet(self.DEEP, 2, 3).eval(), UNet(NetworkConfig(widths=(4, 8, 8, 8)), 2, 3).eval()
+        weights = {name: value for name, value in network.state_dict().items() if not name.startswith("coarse_heads")}
+        plain.load_state_dict(weights)
+        assert len(network.state_dict()) - len(weights) == 4
+        x = torch.randn(2, 2, 16, 16)
+        assert torch.equal(network(x), plain(x))
+
+    def test_every_head_receives_a_gradient(self):
+        network = UNet(self.DEEP, 2, 2)
+        sum(a.square().sum() for a in network(torch.randn(2, 2, 16, 16))).backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+
+    def test_no_more_levels_can_be_taught_than_there_are(self):
+        with pytest.raises(ValueError, match="deep_supervision is 3; 4 levels have 2 below the finest"):
+            NetworkConfig(widths=(4, 8, 8, 8), deep_supervision=3)
+
+
+class TestThreeDimensions:
+    @pytest.mark.parametrize("norm", ["batch", "instance", "group", "none"])
+    @pytest.mark.parametrize("residual", [False, True])
+    def test_patches_come_out_as_large_as_they_went_in(self, norm, residual):
+        config = NetworkConfig(dimensions=3, widths=(8, 8, 16), norm=norm, residual=residual, dropout=0.2)
+        assert UNet(config, 2, 3)(torch.randn(2, 2, 8, 12, 16)).shape == (2, 3, 8, 12, 16)
+
+    def test_coarser_levels_are_half_as_deep_too(self):
+        network = UNet(NetworkConfig(dimensions=3, widths=(4, 8, 8), deep_supervision=1), 2, 3)
+        assert [tuple(a.shape) for a in network(torch.randn(1, 2, 8, 12, 16))] == [(1, 3, 8, 12, 16), (1, 3, 4, 6, 8)]
+
+    def test_it_has_the_layers_of_the_2d_one_in_the_same_places(self):
+        flat, deep = (UNet(NetworkConfig(dimensions=n, widths=(4, 8, 8), residual=True), 2, 1).state_dict() for n in (2, 3))
+        assert flat.keys() == deep.keys()
+        for name, value in flat.items():
+            assert deep[name].shape == (*value.shape, *value.shape[-1:] * (value.dim() == 4))
+
+    def test_the_answer_at_a_voxel_depends_on_the_slices_around_it(self):
+        network = UNet(NetworkConfig(dimensions=3, widths=(4, 4)), 1, 1).eval()
+        plain, changed = torch.zeros(1, 1, 8, 8, 8), torch.zeros(1, 1, 8, 8, 8)
+        changed[0, 0, 3] = 5
+        with torch.no_grad():
+            moved = (network(plain) != network(changed)).flatten(3).any(dim=3)[0, 0]
+        assert moved[2:5].all()
+
+    def test_dropout_takes_away_whole_volumes_of_a_channel(self):
+        assert isinstance(UNet(NetworkConfig(dimensions=3, widths=(4, 4), dropout=0.5), 1, 1).down[1].drop, torch.nn.Dropout3d)

@@ -1,18 +1,22 @@
 """Report: the Parquet of one or more runs becomes one self-contained HTML page. The archive is not needed any more.
 
-`facts.py` reads, `cohort.py` counts, `figures.py` draws, `gallery.py` picks and shows scans, `page.py` puts it together.
+`facts.py` reads, `columns.py` picks, `cohort.py` counts, `charts.py` draws, `gallery.py` shows scans, `page.py` puts it
+together; `texts.py` says the same numbers as JSON, CSV and Markdown. `view.py` makes the page of one scan.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from brainseg import storage
 from brainseg.aggregate import Rule
-from brainseg.report.cohort import summarise, summary
-from brainseg.report.facts import load
+from brainseg.report.cohort import gather, summarise, summary
 from brainseg.report.page import render
+from brainseg.report.texts import as_text
 
-__all__ = ["ReportSummary", "build_report", "summary"]
+__all__ = ["Format", "ReportSummary", "build_report", "summary"]
+
+Format = Literal["html", "json", "csv", "md"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,25 @@ class ReportSummary:
     dice: Mapping[str, float | None]
 
 
-def build_report(run_uris: Sequence[str], out: str, *, rule: Rule = "exclude") -> ReportSummary:
-    """Write the report on some runs to `out`, one HTML file; reads `run.json` and `scans/*.parquet` only.
+def build_report(
+    run_uris: Sequence[str],
+    out: str,
+    *,
+    rule: Rule = "exclude",
+    where: str | None = None,
+    compare: str | None = None,
+    reference: str | None = None,
+    format_: Format = "html",
+) -> ReportSummary:
+    """Write the report on some runs to `out`; reads what runs hold, no archive.
 
-    Raises UsageError where a place is no run folder.
+    `where`: a condition that picks scans (`where.py`); `compare`: a run to compare with pair by pair; `reference`: a run from
+    which drift is seen. Raises UsageError where a place is no run folder or the condition names what is not there.
     """
-    cohort = load(run_uris)
-    figures = summarise(cohort, rule=rule)
-    page = render(cohort, figures).encode("utf-8")
+    cohort, other, base = gather(run_uris, where, compare, reference)
+    figures = summarise(cohort, other, base, rule=rule)
+    text = render(cohort, figures, other, base) if format_ == "html" else as_text(figures, format_)
+    page = text.encode("utf-8")
     target = storage.absolute(out)
     storage.write_bytes(target, page)
     lead = next((group for group in figures["groups"] if group["split"] == figures["headline"]), None)

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from brainseg.errors import Code
 from brainseg.report.baselines import mean_dice, not_beaten
 from brainseg.report.facts import Cohort, Run
 
@@ -12,6 +14,8 @@ MODALITY_ALERTS = {
     "modalities_missing": "lacked a modality that the model wants",
     "modalities_duplicated": "carried one modality twice under two names",
 }
+
+GRID_CONFLICTS = [Code.AFFINE_MISMATCH, Code.SHAPE_MISMATCH]
 
 
 def alerts(
@@ -101,6 +105,9 @@ def _odd(cohort: Cohort) -> list[str]:
         number = _count(pc.greater(pc.fill_null(pc.list_value_length(scans[column]), 0), 0))
         if number:
             said.append(f"{_scans(number)} {says}.")
+    apart = _count(pc.is_in(scans["error_code"], value_set=pa.array([str(code) for code in GRID_CONFLICTS])))
+    if apart:
+        said.append(f"{_scans(apart)} failed because their files do not lie on one grid: see the quarantine.")
     nameless = _count(pc.and_(scans["evaluated"], pc.is_null(scans["patient_id"])))
     if nameless:
         said.append(f"{_scans(nameless)} with figures but without a patient: intervals take each for a patient of its own.")

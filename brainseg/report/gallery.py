@@ -1,12 +1,14 @@
 """Gallery: which scans are worth a look, and their pictures, from the thumbnails in the rows.
 
-Only the parts that hold a chosen scan are opened, one at a time, so that the page of a large cohort costs no more than
-that of a small one.
+Only the parts that hold a chosen scan are opened, so that the page of a large cohort costs no more than that of a small one.
+Pictures are carried as WebP, as fine as the page's budget allows: 192 pixels for a hundred scans, 96 for a thousand.
 """
 
-import contextlib
+import base64
+import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,126 +17,199 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
+from PIL import Image
 
 from brainseg import storage
-from brainseg.errors import ScanError
+from brainseg.errors import ScanError, StorageError
 from brainseg.formats.images import read_image
 from brainseg.regions import LABEL_MAPS
 from brainseg.report import figures
-from brainseg.report.cohort import mean_dice_of_scans
+from brainseg.report.agreement import surprise
 from brainseg.report.facts import Cohort
+from brainseg.report.rows import largest_per_scan, mean_dice_of_scans, mean_per_scan
 
 PER_SHELF = 4
 Shelf = tuple[str, list[int]]
 
+BUDGET_BYTES, PROBED = 1_750_000, 12
+"""What all pictures of a page may weigh, and how many are tried at each size before it is chosen."""
+
+SIZES = ((192, 80), (192, 60), (160, 50), (128, 50), (112, 45), (96, 40), (80, 35))
+"""Long side in pixels and WebP quality, the finest first."""
+
+MOST_PICTURES, MANY_SCANS, OF_MANY = 1000, 1500, 400
+"""Pictures of a page; of a cohort of more than `MANY_SCANS` scans only `OF_MANY`, each from another part of the run."""
+
+PARTS_AT_ONCE = 4
+SURPRISING = 0.25
+"""Ranks that lie nearer to each other surprise nobody."""
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """One scan's slice with the most tumour: grey pixels (H, W), and the masks (R, H, W) of label, or None, and prediction."""
+
+    slice_index: int
+    modality: str
+    pixels: NDArray[np.uint8]
+    label: NDArray[np.bool_] | None
+    prediction: NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class Picture:
-    """One scan of the gallery: panels side by side with a caption each, and the figures below them."""
+    """A thumbnail as a page carries it: size, WebP, and a path a region of label (none without one) and prediction."""
 
-    scan_id: str
     slice_index: int
     modality: str
-    regions: Sequence[Mapping[str, Any]]
-    panels: Sequence[tuple[str, Markup]]
+    size: tuple[int, int]
+    image: bytes
+    label: Sequence[str] | None
+    prediction: Sequence[str]
+
+    def data(self) -> list[Any]:
+        """As the page's script reads it: [width, height, slice, modality, image, label paths or null, prediction paths]."""
+        height, width = self.size
+        image = base64.b64encode(self.image).decode()
+        return [width, height, self.slice_index, self.modality, image, self.label, list(self.prediction)]
+
+    def panels(self, picture: str, scan_id: str) -> list[tuple[str, Markup]]:
+        """Captions and drawings side by side: the slice, the slice under the label's border, the slice under both."""
+        where = f"slice {self.slice_index} of {scan_id}"
+        drawn = [(self.modality, figures.slice_picture(picture, self.size, self.image, where))]
+        if self.label is not None:
+            drawn.append(("label", figures.panel(picture, self.size, self.label, (), f"label, {where}")))
+        return [
+            *drawn,
+            ("prediction", figures.panel(picture, self.size, self.label or (), self.prediction, f"prediction, {where}")),
+        ]
 
 
-def gallery(cohort: Cohort, split: str | None) -> list[tuple[str, list[Picture]]]:
-    """Shelves of pictures: worst, median, best of a split; without labels (`split` None) the least to the most certain."""
-    shelves = choose(cohort, split)
-    pictures = _pictures(cohort, sorted({row for _, rows in shelves for row in rows}))
-    filled = [(title, [pictures[row] for row in rows if row in pictures]) for title, rows in shelves]
-    return [(title, shelf) for title, shelf in filled if shelf]
+# --- choice ---------------------------------------------------------------------------------------------------------
 
 
 def choose(cohort: Cohort, split: str | None) -> list[Shelf]:
-    """Titles and, under each, rows of `cohort.scans`: lowest, middle and highest. Deterministic, no scan twice.
+    """Titles and, under each, rows of `cohort.scans`: lowest, middle, highest, most surprising. Deterministic, no scan twice.
 
-    Of scans that are equally bad the one with the largest tumour comes first: it is the one that should not be missed.
+    With `split` None, without labels, the least to the most certain. Of scans that are equally bad the one with the largest
+    tumour comes first: it is the one that should not be missed.
     """
-    ranking = _mean_per_scan(cohort, "mean_probability") if split is None else _within(cohort, split)
+    ranking = mean_per_scan(cohort, "mean_probability") if split is None else _within(cohort, split, mean_dice_of_scans(cohort))
     titles = ("Least certain", "In the middle", "Most certain") if split is None else ("Worst", "Median", "Best")
-    size = _largest(cohort, "prediction_voxels" if split is None else "label_voxels")
+    size = largest_per_scan(cohort, "prediction_voxels" if split is None else "label_voxels")
     known = np.flatnonzero(~np.isnan(ranking))
     order = [int(row) for row in known[np.lexsort((known, -size[known], ranking[known]))]]
     number = min(PER_SHELF, -(-len(order) // 3))
     lowest, rest = order[:number], order[number:]
     highest, rest = rest[len(rest) - min(number, len(rest)) :][::-1], rest[: max(len(rest) - number, 0)]
     start = max((len(rest) - number) // 2, 0)
-    return list(zip(titles, (lowest, rest[start : start + number], highest), strict=True))
+    shelves = list(zip(titles, (lowest, rest[start : start + number], highest), strict=True))
+    return shelves if split is None else [*shelves, ("Most surprising", _surprising(cohort, split, shelves))]
 
 
-def _within(cohort: Cohort, split: str) -> NDArray[np.float64]:
+def _surprising(cohort: Cohort, split: str, shelves: Sequence[Shelf]) -> list[int]:
+    """The rows whose trust and Dice disagree most and that are on no other shelf."""
+    found = _within(cohort, split, surprise(cohort))
+    shown = {row for _, rows in shelves for row in rows}
+    ranked = np.lexsort((np.arange(found.size), -np.abs(np.nan_to_num(found))))
+    picked = (int(r) for r in ranked[: PER_SHELF + len(shown)] if abs(np.nan_to_num(found[r])) >= SURPRISING)
+    return [row for row in picked if row not in shown][:PER_SHELF]
+
+
+def _within(cohort: Cohort, split: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
     inside = pc.equal(cohort.scans["split"], split).to_numpy()
-    ranking: NDArray[np.float64] = np.where(inside, mean_dice_of_scans(cohort), np.nan)
-    return ranking
+    return np.where(inside, values, np.nan)
 
 
-def _mean_per_scan(cohort: Cohort, name: str) -> NDArray[np.float64]:
-    values = cohort.regions[name].to_numpy()
-    known = ~np.isnan(values)
-    rows = cohort.regions["row"].to_numpy()[known]
-    out = np.full(cohort.scans.num_rows, np.nan)
-    number = np.bincount(rows, minlength=len(out))
-    total = np.bincount(rows, values[known], minlength=len(out))
-    out[number > 0] = total[number > 0] / number[number > 0]
-    return out
+# --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def _largest(cohort: Cohort, name: str) -> NDArray[np.float64]:
-    """For each scan the largest of its regions' sizes, 0 where unknown."""
-    size = np.zeros(cohort.scans.num_rows)
-    np.maximum.at(size, cohort.regions["row"].to_numpy(), np.nan_to_num(cohort.regions[name].cast(pa.float64()).to_numpy()))
-    return size
+def pictures(cohort: Cohort, rows: Sequence[int], regions: Sequence[str]) -> dict[int, Picture]:
+    """Pictures of some rows, at the finest size at which all of them fit the budget; without those that have no thumbnail."""
+    most = MOST_PICTURES if cohort.scans.num_rows <= MANY_SCANS else OF_MANY
+    found = dict(_thumbnails(cohort, list(dict.fromkeys(rows))[:most], regions))
+    side, quality = _affordable(list(found.values()))
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+        drawn = pool.map(lambda thumbnail: shrunk(thumbnail, side, quality), found.values())
+        return dict(zip(found, drawn, strict=True))
 
 
-def _pictures(cohort: Cohort, rows: Sequence[int]) -> dict[int, Picture]:
-    """Draw the pictures of some rows; those without a thumbnail that can be read are left out."""
+def _affordable(found: Sequence[Thumbnail]) -> tuple[int, int]:
+    """The finest of `SIZES` at which the pictures, judged by some of them, fit the budget; the coarsest if none does."""
+    probed = found[:: max(1, len(found) // PROBED)]
+    for side, quality in SIZES:
+        sizes = [_weight(shrunk(thumbnail, side, quality)) for thumbnail in probed]
+        if sum(sizes) / max(1, len(sizes)) * len(found) <= BUDGET_BYTES:
+            return side, quality
+    return SIZES[-1]
+
+
+def _weight(picture: Picture) -> int:
+    return len(picture.image) * 4 // 3 + sum(len(path) for path in (*(picture.label or ()), *picture.prediction)) + 40
+
+
+def shrunk(thumbnail: Thumbnail, side: int, quality: int) -> Picture:
+    """A thumbnail at `side` pixels on the long side, or at its own size where that is smaller."""
+    height, width = thumbnail.pixels.shape
+    scale = min(1.0, side / max(height, width))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    pixels = Image.fromarray(thumbnail.pixels)
+    if scale < 1:
+        pixels = pixels.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    pixels.save(buffer, "WEBP", quality=quality, method=4)
+    label = None if thumbnail.label is None else [figures.outline(_nearest(mask, size)) for mask in thumbnail.label]
+    prediction = [figures.outline(_nearest(mask, size)) for mask in thumbnail.prediction]
+    return Picture(thumbnail.slice_index, thumbnail.modality, size, buffer.getvalue(), label, prediction)
+
+
+def _nearest(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(np.intp) for new, old in zip(size, mask.shape, strict=True))
+    return mask[np.ix_(rows, columns)]
+
+
+def _thumbnails(cohort: Cohort, rows: Sequence[int], regions: Sequence[str]) -> Iterator[tuple[int, Thumbnail]]:
+    """Row and thumbnail, in the order of `rows`; those that are missing or cannot be read are left out."""
     chosen = cohort.scans.select(["run", "part", "scan_id", "label_map"]).take(pa.array(rows, pa.int64())).to_pylist()
     by_part: dict[tuple[int, int], dict[str, tuple[int, str]]] = defaultdict(dict)
     for row, scan in zip(rows, chosen, strict=True):
         by_part[scan["run"], scan["part"]][scan["scan_id"]] = (row, scan["label_map"])
-    entries = _entries(cohort, rows)
-    found = {}
-    for (run, part), scans in by_part.items():
+
+    def read(item: tuple[tuple[int, int], Mapping[str, tuple[int, str]]]) -> dict[int, Thumbnail]:
+        (run, part), scans = item
         written_in = cohort.runs[run].model.get("label_map")
-        for scan_id, thumbnail in _thumbnails(cohort.runs[run].parts[part], list(scans)).items():
+        found = {}
+        for scan_id, stored in _stored(cohort.runs[run].parts[part], list(scans)).items():
             row, own = scans[scan_id]
-            with contextlib.suppress(ScanError):
-                found[row] = _draw(scan_id, thumbnail, (own, written_in or own), entries[row], f"slice-{row}")
-    return found
+            if thumbnail := _decoded(stored, (own, written_in or own), regions):
+                found[row] = thumbnail
+        return found
+
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+        found = {row: thumbnail for part in pool.map(read, by_part.items()) for row, thumbnail in part.items()}
+    return ((row, found[row]) for row in rows if row in found)
 
 
-def _entries(cohort: Cohort, rows: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
-    """The region entries of some rows."""
-    grouped = defaultdict(list)
-    for entry in cohort.regions.filter(pc.is_in(cohort.regions["row"], value_set=pa.array(rows, pa.int64()))).to_pylist():
-        grouped[entry["row"]].append(entry)
-    return grouped
-
-
-def _thumbnails(part: str, scan_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    table = storage.read_table(part, ["scan_id", "thumbnail"])
+def _stored(part: str, scan_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    try:
+        table = storage.read_table(part, ["scan_id", "thumbnail"])
+    except StorageError:
+        return {}
     table = table.filter(pc.and_(pc.is_in(table["scan_id"], value_set=pa.array(scan_ids)), pc.is_valid(table["thumbnail"])))
     return dict(zip(table["scan_id"].to_pylist(), table["thumbnail"].to_pylist(), strict=True))
 
 
-def _draw(
-    scan_id: str, thumbnail: Mapping[str, Any], maps: tuple[str, str], regions: list[dict[str, Any]], picture: str
-) -> Picture:
-    """Panels: the slice, the slice under the label's border, the slice under both. `maps`: label maps of label, prediction."""
-    names = [entry["region"] for entry in regions]
-    prediction = _masks(thumbnail["prediction"], maps[1], names)
-    shape = (prediction.shape[1], prediction.shape[2])
-    answers = [figures.outline(mask) for mask in prediction]
-    where = f"slice {thumbnail['slice_index']} of {scan_id}"
-    panels = [(str(thumbnail["modality"]), figures.slice_picture(picture, shape, thumbnail["image"], where))]
-    truths: list[str] = []
-    if thumbnail["label"] is not None:
-        truths = [figures.outline(mask) for mask in _masks(thumbnail["label"], maps[0], names)]
-        panels.append(("label", figures.panel(picture, shape, truths, (), f"label, {where}")))
-    panels.append(("prediction", figures.panel(picture, shape, truths, answers, f"prediction, {where}")))
-    return Picture(scan_id, thumbnail["slice_index"], thumbnail["modality"], regions, panels)
+def _decoded(stored: Mapping[str, Any], maps: tuple[str, str], regions: Sequence[str]) -> Thumbnail | None:
+    """`maps`: label maps of label and prediction. None where a picture cannot be read or they are not of one size."""
+    try:
+        pixels = read_image(stored["image"], "thumbnail")[0].astype(np.uint8)
+        label = None if stored["label"] is None else _masks(stored["label"], maps[0], regions)
+        prediction = _masks(stored["prediction"], maps[1], regions)
+    except ScanError:
+        return None
+    if any(masks is not None and masks.shape[1:] != pixels.shape for masks in (label, prediction)):
+        return None
+    return Thumbnail(stored["slice_index"], str(stored["modality"]), pixels, label, prediction)
 
 
 def _masks(png: bytes, meaning: str, names: Sequence[str]) -> NDArray[np.bool_]:

@@ -9,17 +9,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from brainseg.report import figures
-from brainseg.report.cohort import scored_rows
+from brainseg.report import figures, plots
+from brainseg.report.agreement import surprise
+from brainseg.report.cohort import carried_pictures, plain
 from brainseg.report.facts import Cohort
-from brainseg.report.gallery import gallery
+from brainseg.report.gallery import Picture, choose, pictures
 
-TEMPLATE = Path(__file__).with_name("template.html.j2")
+FOLDER = Path(__file__).parent
 TITLES = {
     "test": ("Held-out test patients", "kept back from training and from every choice of the model"),
     "outside": ("Patients outside the model's split", "named in no part of it: never trained on, as far as the model records"),
@@ -40,52 +40,83 @@ RULES = {
 NONE = "–"
 
 
-def render(cohort: Cohort, summary: Mapping[str, Any]) -> str:
-    """The whole page as HTML text. `summary` is `cohort.summarise(cohort)`."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "whole": whole, "duration": duration, "moment": moment}
+def render(cohort: Cohort, summary: Mapping[str, Any], other: Cohort | None = None, reference: Cohort | None = None) -> str:
+    """The whole page as HTML text. `summary` is `cohort.summarise(cohort, other, reference)`."""
     leading = summary["headline"]
     lead = next((group for group in summary["groups"] if group["split"] == leading), None)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    regions = list(dict.fromkeys(entry["region"] for row in summary["scans"]["rows"] for entry in row["regions"]))
+    sample = plots.Sample.of(cohort)
+    drawn = _drawn(cohort, summary, other, reference, sample)
+    shelves, pictures = _pictures(cohort, leading, regions, sample)
+    flat = [plot for found in (*drawn.values(), *drawn["groups"].values()) if isinstance(found, list) for plot in found]
+    table = table_data(summary["scans"])
+    table["charts"] = {plot.key: plot.chart.rows for plot in flat if plot.chart.rows}
+    table["pictures"] = {int(sample.place[row]): picture.data() for row, picture in pictures.items()}
+    table["run"] = summary["runs"][0]["uri"]
+    return template("template.html.j2").render(
         s=summary,
         titles=LEAKY_TITLES if any(run["model"]["accept_leakage"] for run in summary["runs"]) else TITLES,
         rule=RULES[summary["rule"]],
         lead=lead,
         others=[group for group in summary["groups"] if group["split"] != leading],
-        charts=_charts(cohort, leading, {g["region"]: g["dice"]["median"] for g in lead["regions"]}) if lead else [],
-        shelves=gallery(cohort, leading),
-        table=table_data(summary["scans"]),
+        plots=drawn,
+        regions=regions,
+        shelves=shelves,
+        table=table,
         bar=figures.bar,
+        signed=signed,
     )
 
 
-def _charts(cohort: Cohort, split: str, medians: Mapping[str, float | None]) -> list[tuple[str, Markup, Markup]]:
-    """Per region of `medians`: its name, the distribution of Dice, Dice against the label's volume."""
-    rows = scored_rows(cohort, split)
-    unit, column, scale = _volume_axis(rows)
-    charts = []
-    for region, median in medians.items():
-        part = rows.filter(pc.and_(pc.equal(rows["region"], region), pc.is_valid(rows["dice"])))
-        volumes = pc.divide(pc.cast(part[column], pa.float64()), scale).to_pylist()
-        whose = zip(part["scan_id"].to_pylist(), part["state"].to_pylist(), part["dice"].to_pylist(), volumes, strict=True)
-        points = [figures.Point(*values) for values in whose]
-        says = f"{region}: Dice of {len(points)} scans"
-        spread = figures.distribution(points, median, says)
-        charts.append((region, spread, figures.dice_against_volume(points, unit, f"{says} over label volume")))
-    return charts
+def _drawn(
+    cohort: Cohort, summary: Mapping[str, Any], other: Cohort | None, reference: Cohort | None, sample: plots.Sample
+) -> dict[str, Any]:
+    """Section -> its charts; of `groups` column -> charts."""
+    names = [entry["region"] for entry in summary["trust"]]
+    pace = plots.pace_plot(summary)
+    return {
+        "labelled": plots.labelled_plots(cohort, summary, sample) if summary["headline"] else [],
+        "trust": plots.trust_plots(cohort, sample) if names else [],
+        "groups": plots.group_plots(cohort, summary["headline"], names, sample) if names else {},
+        "versus": plots.comparison_plots(cohort, other, names, sample) if other else [],
+        "drift": plots.drift_plots(cohort, reference, summary) if reference else [],
+        "pace": [pace] if pace else [],
+    }
 
 
-def _volume_axis(rows: pa.Table) -> tuple[str, str, float]:
-    """Unit, column and divisor of the volumes: mL where every label has a spacing, voxels otherwise."""
-    known = rows["label_volume_mm3"].null_count == 0
-    return ("mL", "label_volume_mm3", 1000.0) if known else ("voxels", "label_voxels", 1.0)
+def _pictures(
+    cohort: Cohort, split: str | None, regions: Sequence[str], sample: plots.Sample
+) -> tuple[list[tuple[str, list[dict[str, Any]]]], dict[int, Picture]]:
+    """The shelves with what stands on them, and the pictures of the scans that the page carries one by one."""
+    shelves = choose(cohort, split)
+    first = [row for _, rows in shelves for row in rows]
+    wanted = carried_pictures(cohort)
+    found = pictures(cohort, [*first, *wanted], regions)
+    odd = surprise(cohort)
+    filled = [(t, [_on_shelf(cohort, row, found[row], float(odd[row])) for row in rows if row in found]) for t, rows in shelves]
+    return [(t, shelf) for t, shelf in filled if shelf], {row: found[row] for row in found if sample.place[row] >= 0}
+
+
+def _on_shelf(cohort: Cohort, row: int, picture: Picture, odd: float) -> dict[str, Any]:
+    scan_id = cohort.scans["scan_id"][row].as_py()
+    entries = cohort.regions.filter(pc.equal(cohort.regions["row"], row)).to_pylist()
+    panels = picture.panels(f"slice-{row}", scan_id)
+    return {"scan_id": scan_id, "regions": plain(entries), "panels": panels, "surprise": plain(odd)}
+
+
+def template(name: str) -> Template:
+    """A page's template. All it is given is escaped, and a name it is not given is an error."""
+    loader = FileSystemLoader(FOLDER)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters |= {"number": number, "whole": whole, "duration": duration, "moment": moment, "small": small}
+    return made.get_template(name)
 
 
 def table_data(scans: Mapping[str, Any]) -> dict[str, Any]:
     """The table of scans as its script reads it: lists rather than objects, four digits, one entry a region in each row.
 
-    A row is [scan, patient, split, warnings, regions], a region [state, Dice, precision, recall, HD95, label volume,
-    predicted volume, probability]. Volumes in mL and HD95 in mm where all scans have a spacing, else voxels and pixels.
+    A row is [scan, patient, split, warnings, regions, surprise], a region [state, Dice, precision, recall, HD95, label volume,
+    predicted volume, probability, entropy]. Volumes in mL, HD95 in mm where all scans have a spacing, else voxels and pixels.
     """
     rows = scans["rows"]
     names = list(dict.fromkeys(entry["region"] for row in rows for entry in row["regions"]))
@@ -100,15 +131,21 @@ def table_data(scans: Mapping[str, Any]) -> dict[str, Any]:
 
 def _table_row(row: Mapping[str, Any], names: Sequence[str], *, metric: bool) -> list[Any]:
     entries = {entry["region"]: _table_region(entry, metric=metric) for entry in row["regions"]}
-    return [row["scan_id"], row["patient_id"], row["split"], len(row["warnings"]), [entries.get(name) for name in names]]
+    whose = [row["scan_id"], row["patient_id"], row["split"], len(row["warnings"])]
+    return [*whose, [entries.get(name) for name in names], _short(row["surprise"])]
 
 
 def _table_region(entry: Mapping[str, Any], *, metric: bool) -> list[Any]:
     distance = entry["hd95_mm"] if entry["hd95_mm"] is not None else entry["hd95_px"]
     kinds = ("label_volume_mm3", "prediction_volume_mm3") if metric else ("label_voxels", "prediction_voxels")
     volumes = [entry[kind] / 1000 if metric and entry[kind] is not None else entry[kind] for kind in kinds]
-    figures_ = [entry["dice"], entry["precision"], entry["recall"], distance, *volumes, entry["mean_probability"]]
-    return [entry["state"], *(float(f"{x:.4g}") if isinstance(x, float) else x for x in figures_)]
+    ratios, trust = [entry["dice"], entry["precision"], entry["recall"]], [entry["mean_probability"], entry["mean_entropy"]]
+    return [entry["state"], *(_short(x) for x in (*ratios, distance, *volumes, *trust))]
+
+
+def _short(value: Any) -> Any:
+    """A number to four digits; whatever else as it is."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def number(value: float | str | None, digits: int = 3) -> Markup:
@@ -117,6 +154,20 @@ def number(value: float | str | None, digits: int = 3) -> Markup:
         return Markup(f'<span class="none">{NONE}</span>')
     words = "∞" if value == "inf" else f"{value:,.{digits}f}"
     return Markup('<data value="{}">{}</data>').format(value, words)
+
+
+def signed(value: float | str | None, digits: int = 3) -> Markup:
+    """A difference, with its sign."""
+    if value is None or isinstance(value, str):
+        return number(value, digits)
+    return Markup('<data value="{}">{}</data>').format(value, f"{value:+,.{digits}f}".replace("-", "−"))
+
+
+def small(value: float | None) -> Markup:
+    """A p value: three digits, or a bound where it is smaller than anybody needs."""
+    if value is None:
+        return number(value)
+    return Markup('<data value="{}">{}</data>').format(value, "< 0.0001" if value < 1e-4 else f"{value:.3g}")
 
 
 def whole(value: int | None) -> str:

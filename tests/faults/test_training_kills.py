@@ -6,9 +6,11 @@ Weights are compared by their bytes. The recipe has everything with a state of i
 weights, dropout, augmentation, early stopping.
 """
 
+import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from faults import victims
+from heads import free_ports, ray_head, ray_node
 
 from brainseg import manifest, storage
 from brainseg.errors import ExitCode
@@ -42,13 +45,16 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(place, ignore_errors=True)
 
 
-def start(folder: Path, name: str, *, workers: int = 1) -> victims.Driver:
-    """`brainseg train` in a process of its own, with a local Ray whose files lie below `folder`."""
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment = {**plain, "RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
+def start(folder: Path, name: str, *, workers: str = "1", address: str | None = None, more: str = "") -> victims.Driver:
+    """`brainseg train` in a process of its own: on a local Ray whose files lie below `folder`, or on a cluster."""
+    if address:
+        environment = {**os.environ, "RAY_ADDRESS": address}
+    else:
+        plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        environment = {**plain, "RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
     words = [sys.executable, "-m", "brainseg.cli", "train", str(folder / "manifest.parquet"), "--preset", "demo"]
-    words += ["--out", str(folder / name), "--workers", str(workers)]
-    for one in SETTINGS.split():
+    words += ["--out", str(folder / name), "--workers", workers]
+    for one in [*SETTINGS.split(), *more.split()]:
         words += ["--set", one]
     return victims.Driver(words, folder / "said.txt", environment)
 
@@ -97,6 +103,7 @@ def _wait_for_an_epoch(driver: victims.Driver, work: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_change_no_weight(folder: Path) -> None:
     survives(folder, "disturbed", ["worker", "driver"], random.Random(0))
     assert weights_of(folder, "disturbed") == weights_of(folder, "alone")
@@ -111,3 +118,33 @@ def test_a_dozen_kills_change_no_weight(folder: Path) -> None:
         rng.shuffle(kinds)
         survives(folder, f"disturbed-{number}", kinds, rng)
         assert weights_of(folder, f"disturbed-{number}") == weights_of(folder, "alone")
+
+
+def _workers(model: Path) -> list[int]:
+    return [json.loads(line)["workers"] for line in (model / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_an_elastic_training_grows_with_the_cluster_shrinks_with_it_and_learns_the_same(folder: Path) -> None:
+    """A node joins in mid-training and is killed later. With group norm the answer does not depend on how many train."""
+    (port,) = free_ports(1)
+    work, gcs, longer = folder / "elastic.work", f"127.0.0.1:{port}", "epochs=60 patience=60"
+    assert start(folder, "one", more=longer).process.wait(timeout=900) == ExitCode.OK
+    with ray_head(cpus=2, gcs_port=port):
+        driver = start(folder, "elastic", workers="1..2", address=gcs, more=longer)
+        _wait_for_an_epoch(driver, work)
+        with ray_node(f"--address={gcs}", "--num-cpus=2") as joined:
+            while driver.lives() and (not work.exists() or 2 not in _workers(work)):
+                time.sleep(0.5)
+            os.killpg(joined.pid, signal.SIGKILL)
+            assert driver.process.wait(timeout=900) == ExitCode.OK, driver.said_last()
+    counts = _workers(folder / "elastic")
+    print(f"workers of each epoch: {counts}")
+    assert {1, 2} <= set(counts)
+    assert counts[-1] == 1
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "elastic")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)

@@ -1,0 +1,276 @@
+"""Plots: which charts a page shows of a cohort, each made from the rows behind the figures beside it.
+
+A large cohort is drawn as its quartiles and its density, which are over all scans, under a fair sample of points.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from brainseg.report import charts, drift, versus
+from brainseg.report.charts import Axis, Chart, Dots, Guide, Strip
+from brainseg.report.cohort import carried
+from brainseg.report.facts import Cohort
+from brainseg.report.groups import grouping_columns
+from brainseg.report.rows import (
+    distance_unit,
+    five_numbers,
+    labelled_rows,
+    of_region,
+    volume_unit,
+    volumes,
+)
+
+Floats = NDArray[np.float64]
+DENSE = 1500
+"""From so many points on a group also shows its density."""
+
+MOST_DOTS_OF_GROUPS = 1500
+"""With more points than this subgroups show quartiles and density alone: there are dozens of such charts."""
+
+MOST_CURVES = 6
+BINS = 60
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart under its caption; `key` names it for the page's script, `region` says whose it is (None: of all)."""
+
+    key: str
+    title: str
+    chart: Chart
+    region: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which scans may be drawn as points, and where each stands in the page's table (-1: not in it)."""
+
+    place: NDArray[np.int64]
+    drawn: NDArray[np.bool_]
+    of_all: bool
+
+    @classmethod
+    def of(cls, cohort: Cohort) -> "Sample":
+        shown, sample = carried(cohort)
+        place = np.full(cohort.scans.num_rows, -1, np.int64)
+        place[shown] = np.arange(shown.size)
+        drawn = np.zeros(cohort.scans.num_rows, bool)
+        drawn[sample] = True
+        return cls(place, drawn, shown.size == sample.size)
+
+    def note(self, drawn: int, known: int) -> str:
+        """What an axis says where not every scan is drawn."""
+        return f" · {drawn:,} of {known:,} scans drawn" if drawn < known else ""
+
+
+def _dots(part: pa.Table, x: Any, y: Any, sample: Sample) -> Dots:
+    """The points of those rows that may be drawn and have both values."""
+    scans = part["row"].to_numpy()
+    x, y = (np.asarray(v, np.float64) for v in (x, y))
+    chosen = sample.drawn[scans] & ~np.isnan(x) & ~np.isnan(y)
+    states = np.asarray(part["state"].to_pylist(), dtype=object)
+    return Dots(x[chosen], y[chosen], states[chosen], sample.place[scans[chosen]])
+
+
+# --- with labels ----------------------------------------------------------------------------------------------------
+
+
+def labelled_plots(cohort: Cohort, summary: Mapping[str, Any], sample: Sample) -> list[Plot]:
+    """Of the leading split the distribution of Dice, and per region Dice, HD95, volumes and trust against one another."""
+    rows = labelled_rows(cohort, summary["headline"])
+    agreement = {entry["region"]: entry for entry in summary["volume_agreement"]}
+    strips = [_strip(of_region(rows, region), region, sample) for region in agreement]
+    found = [
+        Plot("dice", "Dice of every scan", charts.strips(strips, charts.share_axis("Dice"), "Dice of every scan by region"))
+    ]
+    for number, (region, entry) in enumerate(agreement.items()):
+        part = of_region(rows, region)
+        found += [
+            Plot(f"volume-{number}", "Dice against the label's volume", _dice_by_volume(part, sample), region),
+            Plot(f"bland-{number}", "Predicted minus label volume (Bland–Altman)", _bland_altman(part, entry, sample), region),
+            Plot(f"hd95-{number}", "HD95 against the label's volume", _hd95_by_volume(part, sample), region),
+            Plot(f"trust-{number}", "Dice against what the network believed", _dice_by_trust(part, sample), region),
+        ]
+    return found
+
+
+def _strip(part: pa.Table, name: str, sample: Sample, values: Any = None, *, dots: bool = True, top: float = 1.0) -> Strip:
+    """A group of rows by a figure, Dice if none is given."""
+    values = part["dice"].to_numpy() if values is None else values
+    spread, number = five_numbers(values), int(np.count_nonzero(~np.isnan(values)))
+    chosen = _dots(part, values, np.zeros(len(values)), sample) if dots else _dots(part.slice(0, 0), [], [], sample)
+    density: tuple[int, ...] = ()
+    if number > DENSE or (not dots and number):
+        density = tuple(int(n) for n in np.histogram(values[~np.isnan(values)], BINS, (0, top))[0])
+    if number:
+        drawn = "" if sample.of_all or not dots else f", {len(chosen.x):,} drawn"
+        note = f"n {number:,}{drawn} · median {spread['median']:.3f}"
+    else:
+        note = "none"
+    return Strip(name, note, spread, chosen, density)
+
+
+def _dice_by_volume(part: pa.Table, sample: Sample) -> Chart:
+    unit, divisor = volume_unit(part)
+    size = volumes(part, "label", unit, divisor)
+    size = np.where(size > 0, size, np.nan)
+    dots = _dots(part, size, part["dice"].to_numpy(), sample)
+    known = int(np.count_nonzero(~np.isnan(size)))
+    axes = (charts.log_axis(size, f"label volume ({unit})"), charts.share_axis("Dice"))
+    return charts.scatter(dots, axes, f"Dice of {known} scans over the label's volume", note=sample.note(len(dots.x), known))
+
+
+def _bland_altman(part: pa.Table, entry: Mapping[str, Any], sample: Sample) -> Chart:
+    unit, divisor = volume_unit(part)
+    part = part.filter(pc.not_equal(part["state"], "both_empty"))
+    answer, truth = (volumes(part, side, unit, divisor) for side in ("prediction", "label"))
+    difference, middle = answer - truth, (answer + truth) / 2
+    known = difference[~np.isnan(difference)]
+    limits = [x for x in entry["limits"] if x is not None]
+    ends = [*limits, *(known.min(initial=0.0), known.max(initial=0.0))]
+    axes = (
+        charts.fitting_axis(middle, f"mean of the two ({unit})"),
+        charts.even_axis(min(ends), max(ends), f"difference ({unit})"),
+    )
+    guides = [Guide(0.0, "", "axis")]
+    if entry["bias"] is not None:
+        guides.append(Guide(entry["bias"], f"bias {entry['bias']:+.2f}".replace("-", "−"), "bias"))
+        guides += [Guide(limit, f"{limit:+.1f}".replace("-", "−")) for limit in limits]
+    dots = _dots(part, middle, difference, sample)
+    note = sample.note(len(dots.x), known.size)
+    return charts.scatter(dots, axes, f"Volume difference of {known.size} scans over their mean volume", guides, note)
+
+
+def _hd95_by_volume(part: pa.Table, sample: Sample) -> Chart:
+    unit, divisor = volume_unit(part)
+    away = distance_unit(part)
+    size, distance = volumes(part, "label", unit, divisor), part[f"hd95_{away}"].to_numpy()
+    size = np.where(size > 0, size, np.where(np.isnan(size), np.nan, 0.0))
+    dots = _dots(part, size, distance, sample)
+    known = int(np.count_nonzero(~np.isnan(distance)))
+    axes = (charts.log_axis(size, f"label volume ({unit})"), charts.log_axis(distance, f"HD95 ({away})", infinite=True))
+    says = f"HD95 of {known} scans over the label's volume; missed and spurious tumours are infinite"
+    return charts.scatter(dots, axes, says, note=sample.note(len(dots.x), known))
+
+
+def _dice_by_trust(part: pa.Table, sample: Sample) -> Chart:
+    sure, dice = part["mean_probability"].to_numpy(), part["dice"].to_numpy()
+    dots = _dots(part, sure, dice, sample)
+    known = int(np.count_nonzero(~np.isnan(sure) & ~np.isnan(dice)))
+    axes = (_probability_axis(sure), charts.share_axis("Dice"))
+    return charts.scatter(dots, axes, f"Dice of {known} scans over mean probability", note=sample.note(len(dots.x), known))
+
+
+def _probability_axis(values: Floats) -> Axis:
+    known = values[~np.isnan(values)]
+    return charts.even_axis(float(known.min(initial=1.0)) if known.size else 0.0, 1.0, "mean probability in the mask")
+
+
+# --- without labels -------------------------------------------------------------------------------------------------
+
+
+def trust_plots(cohort: Cohort, sample: Sample) -> list[Plot]:
+    """Over all segmented scans, labels or not: predicted volumes, mean probability and entropy of every scan."""
+    rows, regions = cohort.regions, pc.unique(cohort.regions["region"]).to_pylist()
+    unit, divisor = volume_unit(rows)
+    found = []
+    for key, title, log in (
+        ("prediction_volume", f"predicted volume ({unit})", True),
+        ("mean_probability", "mean probability in the mask", False),
+        ("mean_entropy", "mean entropy over the head (bits)", False),
+    ):
+        values = volumes(rows, "prediction", unit, divisor) if log else rows[key].to_numpy()
+        known = values[~np.isnan(values) & (values > 0)]
+        axis = charts.log_axis(known, title) if log else charts.even_axis(*_ends(known), title)
+        strips = []
+        for region in regions:
+            part = of_region(rows, region)
+            one = volumes(part, "prediction", unit, divisor) if log else part[key].to_numpy()
+            strip = _strip(part, region, sample, np.where(one > 0, one, np.nan) if log else one)
+            strips.append(Strip(strip.name, strip.note, strip.spread, strip.dots))
+        found.append(Plot(f"all-{key}", title.capitalize(), charts.strips(strips, axis, f"{title} of every scan by region")))
+    return found
+
+
+def _ends(known: Floats) -> tuple[float, float]:
+    return (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+
+
+# --- subgroups, drift, comparison, pace -----------------------------------------------------------------------------
+
+
+def group_plots(cohort: Cohort, split: str | None, regions: Sequence[str], sample: Sample) -> dict[str, list[Plot]]:
+    """Column -> a chart a region: Dice within each value, or mean probability where there are no labels."""
+    name = "mean_probability" if split is None else "dice"
+    rows = cohort.regions if split is None else labelled_rows(cohort, split)
+    dots = len(pc.unique(rows["row"])) <= MOST_DOTS_OF_GROUPS
+    axis = _probability_axis(rows[name].to_numpy()) if split is None else charts.share_axis("Dice")
+    found: dict[str, list[Plot]] = {}
+    for number, (column, values) in enumerate(grouping_columns(cohort, split).items()):
+        whose = np.array(values, dtype=object)
+        for place, region in enumerate(regions):
+            part = of_region(rows, region)
+            inside = whose[part["row"].to_numpy()]
+            strips = [
+                _strip(chosen, str(value), sample, chosen[name].to_numpy(), dots=dots)
+                for value in _in_order({v for v in inside if v is not None})
+                if (chosen := part.filter(pa.array(inside == value))).num_rows
+            ]
+            if split is None:
+                strips = [Strip(s.name, s.note, s.spread, s.dots) for s in strips]
+            drawn = charts.strips(strips, axis, f"{axis.title} of {region} by {column}")
+            found.setdefault(column, []).append(Plot(f"group-{number}-{place}", f"{region}, by {column}", drawn, region))
+    return found
+
+
+def _in_order(values: set[Any]) -> list[Any]:
+    return sorted(values, key=lambda v: (0, float(v), v) if v.lstrip("-").replace(".", "", 1).isdecimal() else (1, 0.0, v))
+
+
+def drift_plots(cohort: Cohort, reference: Cohort, summary: Mapping[str, Any]) -> list[Plot]:
+    """Cumulative curves of the figures that moved most."""
+    pairs = {(p.figure, p.region): p for p in drift.pairs(cohort, reference)}
+    found = []
+    for number, entry in enumerate([e for e in summary["drift"]["figures"] if e["ks"] is not None][:MOST_CURVES]):
+        pair = pairs[entry["figure"], entry["region"]]
+        axis = charts.fitting_axis(np.concatenate([pair.here, pair.there]), entry["title"])
+        whose = f"{entry['region']}: " if entry["region"] else ""
+        title = f"{whose}{entry['title']}"
+        says = f"{title}: cumulative share of scans here and in the reference"
+        found.append(Plot(f"drift-{number}", title, charts.curves(pair.here, pair.there, axis, says)))
+    return found
+
+
+def comparison_plots(cohort: Cohort, other: Cohort, regions: Sequence[str], sample: Sample) -> list[Plot]:
+    """Per region Dice here over Dice in the other run; above the diagonal is better here."""
+    pairs = versus.paired(cohort, other)
+    places = dict(zip(cohort.scans["scan_id"].to_pylist(), range(cohort.scans.num_rows), strict=True))
+    found = []
+    for number, region in enumerate(regions):
+        part = of_region(pairs, region)
+        rows = np.array([places[scan] for scan in part["scan_id"].to_pylist()], np.int64)
+        dots = _dots(part.append_column("row", pa.array(rows)), part["other"].to_numpy(), part["dice"].to_numpy(), sample)
+        axes = (charts.share_axis("Dice in the other run"), charts.share_axis("Dice here"))
+        note = sample.note(len(dots.x), part.num_rows)
+        drawn = charts.scatter(dots, axes, f"Dice of {region} here over the other run", [Guide(None)], note)
+        found.append(Plot(f"versus-{number}", f"{region}: above the line is better here", drawn, region))
+    return found
+
+
+def pace_plot(summary: Mapping[str, Any]) -> Plot | None:
+    """Scans finished along the clock."""
+    pace = summary["throughput"]
+    if pace is None or not pace["spans"]["seconds_each"]:
+        return None
+    spans = pace["spans"]
+    minutes = spans["seconds_each"] * len(spans["scans"]) / 60
+    unit, whole = ("hours", minutes / 60) if minutes > 120 else ("minutes", minutes)
+    even = charts.even_axis(0.0, whole, f"{unit} since the first scan")
+    axis = Axis([*(t for t in even.ticks if t < 0.93 * whole), float(f"{whole:.3g}")], even.title)
+    return Plot("pace", "Scans finished", charts.columns(spans["scans"], axis, "scans", "Scans finished along the clock"))

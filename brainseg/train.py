@@ -38,7 +38,7 @@ from brainseg.prepare import select_modalities
 from brainseg.regions import label_map
 from brainseg.report.training import write_training_page
 from brainseg.scans import Scan, load_scan
-from brainseg.session import Cluster, connect, require
+from brainseg.session import Cluster, connect, require, require_room
 from brainseg.split import split_rows
 from brainseg.storage.arrow import ray_storage
 from brainseg.unet import UNet
@@ -86,9 +86,12 @@ def train_model(
     crew = read_crew(workers or max(1, int(cluster.gpus)))
     if crew.most > config.batch_size:
         raise PreflightError(f"{crew.most} workers cannot share batches of {config.batch_size}; ask for fewer workers")
-    per_worker = max(1, cluster.cores // crew.most)
+    largest = int(max((cpus for cpus, _ in cluster.shapes), default=cluster.cores))
+    per_worker = max(1, min(cluster.cores // crew.most, largest))
     least = {"cpus": crew.fewest * per_worker + 1, "gpus": crew.fewest if cluster.gpus else 0}
-    require(cluster, **least, what=f"training with {crew.fewest} workers")
+    what = f"training with {crew.fewest} workers"
+    require(cluster, **least, what=what)
+    require_room(cluster, crew.fewest, cpus=per_worker, gpus=1 if cluster.gpus else 0, what=what)
     work = f"{out}.work"
     if not claimed_before(work, card):
         storage.write_json(storage.join(work, "training.json"), _claim(card))

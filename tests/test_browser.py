@@ -30,7 +30,10 @@ def browser():
 def run(tmp_path_factory):
     """130 scans of two regions; one of them hostile, some missed, spurious, empty, unlabelled, failed."""
     base = typical_rows(16)
-    rows = [dict(base[i % 16], scan_id=f"copy-{i:03d}", patient_id=f"c{i:03d}", attributes=[("site", "AB"[i % 2])]) for i in range(110)]
+    rows = [
+        dict(base[i % 16], scan_id=f"copy-{i:03d}", patient_id=f"c{i:03d}", attributes=[("site", "AB"[i % 2])])
+        for i in range(110)
+    ]
     evil = scan_row(HOSTILE, patient="evil", label=tumour((2, 18, 16), 6), prediction=tumour((2, 18, 12), 6))
     return write_run(tmp_path_factory.mktemp("browser") / "run", [*base, *rows, evil, failed_row("lost", patient="lost")])
 
@@ -162,7 +165,9 @@ def test_every_link_leads_somewhere(page):
     for target in set(targets) - scans:
         assert page.locator(target).count() == 1
     ids = set(json.loads(page.locator("#data").inner_text())["charts"])
-    assert ids == {f for f in page.eval_on_selector_all("figure[data-chart]", "all => all.map((f) => f.dataset.chart)") if f in ids}
+    assert ids == {
+        f for f in page.eval_on_selector_all("figure[data-chart]", "all => all.map((f) => f.dataset.chart)") if f in ids
+    }
     for target in list(scans)[:3]:
         page.evaluate("hash => { location.hash = hash }", target)
         page.wait_for_selector("#scan[open]")

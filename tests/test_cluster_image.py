@@ -51,7 +51,7 @@ def test_the_base_is_pinned_and_every_stage_stands_on_it():
     assert re.fullmatch(r"PYTHON=python:\d+\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}", base)
     assert all(steps[0] == ("FROM", "${PYTHON}") for steps in stages().values())
     version = re.search(r"python:(\S+?)@", base).group(1)
-    assert f"python:{version} pip install" in README
+    assert f" python:{version} \\\n        pip install" in README
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -74,6 +74,13 @@ def test_what_is_installed_is_what_the_lock_says():
     for run in (run for run in runs if "apt-get install" in run):
         assert "--no-install-recommends" in run
         assert "rm -rf /var/lib/apt/lists/*" in run
+
+
+def test_a_login_shell_such_as_that_of_ray_up_finds_ray_too():
+    steps = stages()["ray-up"]
+    found = re.search(r"PATH=(\S+?):\$PATH", dict(steps)["ENV"]).group(1)
+    assert f"echo 'PATH={found}:$PATH' >/etc/profile.d/" in steps[-2][1]
+    assert any(f"--from=dependencies {found.removesuffix('/bin')} " in rest for _, rest in steps)
 
 
 def test_dependencies_are_laid_down_before_the_code():

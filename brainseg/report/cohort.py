@@ -26,7 +26,7 @@ from brainseg.report.drift import drift
 from brainseg.report.facts import SPLITS, Cohort, Run, load
 from brainseg.report.groups import subgroups
 from brainseg.report.pace import throughput, timings
-from brainseg.report.rows import count, mean_dice_of_scans, of_region, ruled_dice, scored_rows
+from brainseg.report.rows import DRAWN, count, labelled_rows, mean_dice_of_scans, of_region, ruled_dice, with_names
 from brainseg.report.rows import plain as plain
 from brainseg.report.versus import versus
 
@@ -101,7 +101,8 @@ def _agreement(cohort: Cohort, lead: Mapping[str, Any] | None) -> dict[str, Any]
     """What volumes and trust figures of the leading split say; empty without labels."""
     if lead is None:
         return {"volume_agreement": [], "trust_against_dice": []}
-    rows, regions = scored_rows(cohort, lead["split"]), [r["region"] for r in lead["regions"]]
+    rows, regions = labelled_rows(cohort, lead["split"], columns=DRAWN), [r["region"] for r in lead["regions"]]
+    rows = with_names(cohort, rows)
     return {"volume_agreement": volume_agreement(rows, regions), "trust_against_dice": trust_against_dice(rows, regions)}
 
 
@@ -177,15 +178,19 @@ def _group(cohort: Cohort, split: str, rule: Rule) -> dict[str, Any]:
         "patients": len(set(scans["patient_id"].drop_null().to_pylist())),
         "evaluated": count(scans["evaluated"]),
         "failed_labelled": failed,
-        "regions": _region_figures(scored_rows(cohort, split), failed, rule),
+        "regions": _region_figures(cohort, split, failed, rule),
     }
 
 
-def _region_figures(table: pa.Table, num_failed: int, rule: Rule) -> list[dict[str, Any]]:
-    """One entry a region: the fields of `aggregate.RegionSummary`, the interval of the mean Dice, the mean with failures."""
+def _region_figures(cohort: Cohort, split: str, num_failed: int, rule: Rule) -> list[dict[str, Any]]:
+    """One entry a region: the fields of `aggregate.RegionSummary`, the interval of the mean Dice, the mean with failures.
+
+    A region at a time: the rows of a large cohort are never held twice.
+    """
     found = []
-    for region, figures in aggregate(table, rule=rule).items():
-        part = of_region(table, region)
+    for region in pc.unique(labelled_rows(cohort, split, columns=["region"])["region"]).to_pylist():
+        part = with_names(cohort, labelled_rows(cohort, split, region))
+        figures = aggregate(part, rule=rule)[region]
         low, high = bootstrap_interval(ruled_dice(part, rule), part["patient_id"].to_numpy())
         found.append(plain({**_fields(figures, num_failed), "dice_interval": [low, high]}))
     return found

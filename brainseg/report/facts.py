@@ -7,6 +7,7 @@ filter the tables before anything is counted.
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,14 @@ class Run:
     evaluation: Mapping[str, Any] | None = None
     """`evaluation.json`, where the run was evaluated anew: its `metrics.parquet` then has the figures that count."""
 
+    finished: bool = False
+    """Whether `_SUCCESS.json` proves that `metrics.parquet` holds what the parts hold: one file instead of thousands."""
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the figures are taken from `metrics.parquet` rather than from the parts."""
+        return self.finished or self.evaluation is not None
+
     @property
     def model(self) -> Mapping[str, Any]:
         model: Mapping[str, Any] = self.info.get("model") or {}
@@ -103,8 +112,9 @@ def load(run_uris: Sequence[str]) -> Cohort:
         run, table = _read_run(storage.absolute(uri))
         latest = _latest(table)
         doubled += table.num_rows - latest.num_rows
-        measured = _nested(latest) if run.evaluation is None else _evaluated_anew(run, latest)
-        flat = latest.drop_columns(["regions"]).append_column("evaluated", _scored(measured, latest.num_rows))
+        measured = _flat(run, latest) if run.is_flat else _nested(latest)
+        flat = latest.select([n for n in latest.column_names if n != "regions"])
+        flat = flat.append_column("evaluated", _scored(measured, latest.num_rows))
         scans.append(_placed(flat, run, number))
         regions.append(_moved(measured, first_row))
         baselines.append(_baselines(run))
@@ -117,22 +127,24 @@ def _read_run(uri: str) -> tuple[Run, pa.Table]:
     info_uri = storage.join(uri, "run.json")
     if not storage.exists(info_uri):
         raise UsageError(f"{uri} is not a run: it has no run.json; expected a folder that `brainseg segment` wrote")
+    anew, metrics = storage.join(uri, "evaluation.json"), storage.join(uri, "metrics.parquet")
+    evaluation = storage.read_json(anew) if storage.exists(anew) else None
+    finished = storage.exists(storage.join(uri, "_SUCCESS.json")) and storage.exists(metrics)
+    columns = SCAN_COLUMNS if finished or evaluation else [*SCAN_COLUMNS, "regions"]
     listed = [entry.uri for entry in storage.list_files(storage.join(uri, "scans")) if entry.uri.endswith(".parquet")]
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        read = list(pool.map(_read_part, listed))
+        read = list(pool.map(partial(_read_part, columns=columns), listed))
     parts = [part for part, table in zip(listed, read, strict=True) if table is not None]
     torn = [part for part, table in zip(listed, read, strict=True) if table is None]
     pieces = [_numbered(table, part) for part, table in enumerate(table for table in read if table is not None)]
-    anew = storage.join(uri, "evaluation.json")
-    evaluation = storage.read_json(anew) if storage.exists(anew) else None
-    run = Run(uri, storage.read_json(info_uri), tuple(parts), tuple(torn), evaluation)
-    return run, pa.concat_tables(pieces or [_no_rows()])
+    run = Run(uri, storage.read_json(info_uri), tuple(parts), tuple(torn), evaluation, finished)
+    return run, pa.concat_tables(pieces or [_no_rows(columns)])
 
 
-def _read_part(uri: str) -> pa.Table | None:
+def _read_part(uri: str, columns: list[str]) -> pa.Table | None:
     """One part's rows and `label_listed`, which is read only where a scan has failed; None where it cannot be read."""
     try:
-        table = storage.read_table(uri, [*SCAN_COLUMNS, "regions"]).select([*SCAN_COLUMNS, "regions"])
+        table = storage.read_table(uri, columns).select(columns)
         listed = pa.array(np.zeros(table.num_rows, bool))
         if pc.any(pc.equal(table["status"], "failed")).as_py():
             listed = _lists_a_label(storage.read_table(uri, ["sources"])["sources"])
@@ -145,8 +157,8 @@ def _numbered(table: pa.Table, part: int) -> pa.Table:
     return table.append_column("part", pa.array(np.full(table.num_rows, part, np.int32)))
 
 
-def _no_rows() -> pa.Table:
-    fields = [tables.SCANS.field(name) for name in (*SCAN_COLUMNS, "regions")]
+def _no_rows(columns: Sequence[str]) -> pa.Table:
+    fields = [tables.SCANS.field(name) for name in columns]
     return pa.schema([*fields, ("label_listed", pa.bool_()), ("part", pa.int32())]).empty_table()
 
 
@@ -180,13 +192,14 @@ def _nested(table: pa.Table) -> pa.Table:
     return pa.table({**columns, "row": pa.array(parents)})
 
 
-def _evaluated_anew(run: Run, table: pa.Table) -> pa.Table:
-    """The same from `metrics.parquet`, where a later evaluation left its figures."""
+def _flat(run: Run, table: pa.Table) -> pa.Table:
+    """The same from `metrics.parquet`, in the order of the scans."""
     names = [field.name for field in tables.REGION]
     found = storage.read_table(storage.join(run.uri, "metrics.parquet"), ["scan_id", *names]).replace_schema_metadata(None)
     rows = pc.index_in(found["scan_id"], value_set=table["scan_id"].combine_chunks()).cast(pa.int64())
     found = found.select(names).append_column("row", rows)
-    return pa.table(found.filter(pc.is_valid(found["row"])).columns, names=[*names, "row"])
+    found = pa.table(found.columns, names=[*names, "row"])
+    return found if rows.null_count == 0 else found.filter(pc.is_valid(found["row"]))
 
 
 def _scored(measured: pa.Table, num_scans: int) -> pa.Array:

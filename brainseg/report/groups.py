@@ -20,6 +20,10 @@ FEWEST_VALUES, MOST_VALUES, MOST_COLUMNS = 2, 12, 24
 DRAWS = 2_000
 """Bootstrap draws of an interval here, where there are dozens; the headline's have 10,000."""
 
+NEEDED = [
+    *("row", "region", "state", "dice", "hd95_mm", "hd95_px", "volume_error_relative"),
+    *("prediction_volume_mm3", "prediction_voxels", "mean_probability", "mean_entropy"),
+]
 FIRST = ("site", "scanner", "tumour_type", "tumor_type", "fold", "dataset", "run")
 """Columns that a reader looks for come first."""
 
@@ -56,7 +60,7 @@ def _candidates(cohort: Cohort) -> dict[str, pa.Array]:
 def subgroups(cohort: Cohort, split: str | None, rule: Rule) -> list[dict[str, Any]]:
     """One entry a column: its values in order, each with its scans, patients, failures and the figures of every region."""
     chosen = _chosen(cohort, split)
-    known = cohort.regions.filter(pa.array(chosen[cohort.regions["row"].to_numpy()]))
+    known = cohort.regions.select(NEEDED).filter(pa.array(chosen[cohort.regions["row"].to_numpy()]))
     patients = cohort.scans["patient_id"].take(known["row"])
     known = known.append_column("patient_id", patients)
     found = []

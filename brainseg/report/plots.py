@@ -18,6 +18,7 @@ from brainseg.report.cohort import carried
 from brainseg.report.facts import Cohort
 from brainseg.report.groups import grouping_columns
 from brainseg.report.rows import (
+    DRAWN,
     distance_unit,
     five_numbers,
     labelled_rows,
@@ -83,7 +84,7 @@ def _dots(part: pa.Table, x: Any, y: Any, sample: Sample) -> Dots:
 
 def labelled_plots(cohort: Cohort, summary: Mapping[str, Any], sample: Sample) -> list[Plot]:
     """Of the leading split the distribution of Dice, and per region Dice, HD95, volumes and trust against one another."""
-    rows = labelled_rows(cohort, summary["headline"])
+    rows = labelled_rows(cohort, summary["headline"], columns=DRAWN)
     agreement = {entry["region"]: entry for entry in summary["volume_agreement"]}
     strips = [_strip(of_region(rows, region), region, sample) for region in agreement]
     found = [
@@ -177,7 +178,7 @@ def _probability_axis(values: Floats) -> Axis:
 
 def trust_plots(cohort: Cohort, sample: Sample) -> list[Plot]:
     """Over all segmented scans, labels or not: predicted volumes, mean probability and entropy of every scan."""
-    rows, regions = cohort.regions, pc.unique(cohort.regions["region"]).to_pylist()
+    rows, regions = cohort.regions.select(DRAWN), pc.unique(cohort.regions["region"]).to_pylist()
     unit, divisor = volume_unit(rows)
     found = []
     for key, title, log in (
@@ -208,7 +209,7 @@ def _ends(known: Floats) -> tuple[float, float]:
 def group_plots(cohort: Cohort, split: str | None, regions: Sequence[str], sample: Sample) -> dict[str, list[Plot]]:
     """Column -> a chart a region: Dice within each value, or mean probability where there are no labels."""
     name = "mean_probability" if split is None else "dice"
-    rows = cohort.regions if split is None else labelled_rows(cohort, split)
+    rows = cohort.regions.select(DRAWN) if split is None else labelled_rows(cohort, split, columns=DRAWN)
     dots = len(pc.unique(rows["row"])) <= MOST_DOTS_OF_GROUPS
     axis = _probability_axis(rows[name].to_numpy()) if split is None else charts.share_axis("Dice")
     found: dict[str, list[Plot]] = {}

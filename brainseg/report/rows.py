@@ -1,7 +1,7 @@
 """Rows: the scan x region rows behind each figure, and what is made of them scan by scan."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,13 @@ from brainseg.report.facts import Cohort
 Floats = NDArray[np.float64]
 
 
-def scored_rows(cohort: Cohort, split: str) -> pa.Table:
-    """Scan x region rows of one split's scans that have a label, with `scan_id` and `patient_id` in each."""
-    return with_names(cohort, labelled_rows(cohort, split))
-
-
-def labelled_rows(cohort: Cohort, split: str | None) -> pa.Table:
-    """Scan x region rows of one split's scans, or of all, that have a label."""
+def labelled_rows(cohort: Cohort, split: str, region: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    """Scan x region rows of one split's scans that have a label, of one region or all; whole or some of their columns."""
     known = pc.not_equal(cohort.regions["state"], "no_label")
-    if split is not None:
-        known = pc.and_(known, pc.take(pc.equal(cohort.scans["split"], split), cohort.regions["row"]))
-    return cohort.regions.filter(known)
+    known = pc.and_(known, pc.take(pc.equal(cohort.scans["split"], split), cohort.regions["row"]))
+    if region is not None:
+        known = pc.and_(known, pc.equal(cohort.regions["region"], region))
+    return (cohort.regions if columns is None else cohort.regions.select(list(columns))).filter(known)
 
 
 def with_names(cohort: Cohort, regions: pa.Table) -> pa.Table:
@@ -65,6 +61,13 @@ def largest_per_scan(cohort: Cohort, name: str) -> Floats:
     size = np.zeros(cohort.scans.num_rows)
     np.maximum.at(size, cohort.regions["row"].to_numpy(), np.nan_to_num(cohort.regions[name].cast(pa.float64()).to_numpy()))
     return size
+
+
+DRAWN = (
+    *("row", "region", "state", "dice", "hd95_mm", "hd95_px", "mean_probability", "mean_entropy"),
+    *("label_volume_mm3", "prediction_volume_mm3", "label_voxels", "prediction_voxels"),
+)
+"""Columns that charts and agreement need."""
 
 
 def volume_unit(rows: pa.Table) -> tuple[str, float]:

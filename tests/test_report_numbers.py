@@ -52,7 +52,8 @@ def test_the_json_in_the_page_holds_every_figure_of_the_parquet(run, tmp_path):
     html = make_page(run, tmp_path)[1]
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S).group(1))
     wanted = duckdb.sql(
-        "select scan_id, region, state, dice, precision, recall, hd95_mm, label_volume_mm3 / 1000, prediction_volume_mm3 / 1000,"
+        "select scan_id, region, state, dice, precision, recall, hd95_mm, label_volume_mm3 / 1000, "
+        "prediction_volume_mm3 / 1000,"
         f" mean_probability, mean_entropy from {flat(run)}"
     ).fetchall()
     shown = {(row[0], name): entry for row in data["rows"] for name, entry in zip(data["regions"], row[4], strict=True)}

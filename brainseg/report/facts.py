@@ -199,7 +199,21 @@ def _flat(run: Run, table: pa.Table) -> pa.Table:
     rows = pc.index_in(found["scan_id"], value_set=table["scan_id"].combine_chunks()).cast(pa.int64())
     found = found.select(names).append_column("row", rows)
     found = pa.table(found.columns, names=[*names, "row"])
-    return found if rows.null_count == 0 else found.filter(pc.is_valid(found["row"]))
+    found = found if rows.null_count == 0 else found.filter(pc.is_valid(found["row"]))
+    return _in_model_order(found, list(run.model.get("regions") or ()))
+
+
+def _in_model_order(found: pa.Table, regions: list[str]) -> pa.Table:
+    """Each scan's regions as the model names them, from the widest on; the flat table has them by the alphabet."""
+    if pc.unique(found["region"]).to_pylist() == [name for name in regions if name]:
+        return found
+    ranks = pc.fill_null(pc.index_in(found["region"], value_set=pa.array(regions, pa.string())), len(regions))
+    order = pc.sort_indices(pa.table({"row": found["row"], "rank": ranks}), [("row", "ascending"), ("rank", "ascending")])
+    columns = {}
+    for name in found.column_names:  # one column at a time: the table of a large cohort must not stand twice
+        columns[name] = found[name].take(order)
+        found = found.drop_columns([name])
+    return pa.table(columns)
 
 
 def _scored(measured: pa.Table, num_scans: int) -> pa.Array:

@@ -4,6 +4,8 @@ A column is shown where its scans have from 2 to 12 values: `dataset`, `fold`, `
 attributes the manifest brought. With so many comparisons some differ by chance; the intervals say how much that may be.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,19 +13,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from brainseg.aggregate import Rule, aggregate, bootstrap_interval
+from brainseg.aggregate import BRATS_INFINITE_MM, Rule, bootstrap_interval, float_column, patient_codes
 from brainseg.report.columns import attribute, attribute_names
 from brainseg.report.facts import Cohort
-from brainseg.report.rows import count, plain, ruled_dice
+from brainseg.report.rows import five_numbers, plain
 
 FEWEST_VALUES, MOST_VALUES, MOST_COLUMNS = 2, 12, 24
 DRAWS = 2_000
 """Bootstrap draws of an interval here, where there are dozens; the headline's have 10,000."""
 
-NEEDED = [
-    *("row", "region", "state", "dice", "hd95_mm", "hd95_px", "volume_error_relative"),
+NEEDED = (
+    *("dice", "hd95_mm", "hd95_px", "volume_error_relative"),
     *("prediction_volume_mm3", "prediction_voxels", "mean_probability", "mean_entropy"),
-]
+)
 FIRST = ("site", "scanner", "tumour_type", "tumor_type", "fold", "dataset", "run")
 """Columns that a reader looks for come first."""
 
@@ -59,20 +61,27 @@ def _candidates(cohort: Cohort) -> dict[str, pa.Array]:
 
 def subgroups(cohort: Cohort, split: str | None, rule: Rule) -> list[dict[str, Any]]:
     """One entry a column: its values in order, each with its scans, patients, failures and the figures of every region."""
-    chosen = _chosen(cohort, split)
-    known = cohort.regions.select(NEEDED).filter(pa.array(chosen[cohort.regions["row"].to_numpy()]))
-    patients = cohort.scans["patient_id"].take(known["row"])
-    known = known.append_column("patient_id", patients)
+    chosen, rows = _chosen(cohort, split), _Rows.of(cohort)
+    failed = pc.equal(cohort.scans["status"], "failed").to_numpy()
+    patients = patient_codes(cohort.scans["patient_id"].combine_chunks())
+    named = pc.is_valid(cohort.scans["patient_id"]).to_numpy()
     found = []
     for name, values in grouping_columns(cohort, split).items():
-        whose = np.array(values, dtype=object)
+        order = sorted({v for v in values if v is not None}, key=_natural)
+        places = {value: place for place, value in enumerate(order)}
+        whose = np.array([-1 if v is None else places[v] for v in values], np.int64)
         entries = []
-        for value in sorted({v for v, inside in zip(values, chosen, strict=True) if inside and v is not None}, key=_natural):
-            inside = chosen & (whose == value)
-            entries.append({"value": value, **_figures(cohort, inside, known, rule, labelled=split is not None)})
-        found.append(
-            {"column": name, "unknown": int(sum(values[i] is None for i in np.flatnonzero(chosen))), "values": entries}
-        )
+        for place, value in enumerate(order):
+            inside = chosen & (whose == place)
+            if inside.any():
+                entry = {
+                    "value": value,
+                    "scans": int(inside.sum()),
+                    "patients": int(np.unique(patients[inside & named]).size),
+                    "failed": int(failed[inside].sum()),
+                }
+                entries.append({**entry, "regions": rows.figures(inside, rule, labelled=split is not None)})
+        found.append({"column": name, "unknown": int(np.count_nonzero(chosen & (whose < 0))), "values": entries})
     return list(plain(found))
 
 
@@ -81,50 +90,68 @@ def _natural(value: str) -> tuple[int, float, str]:
     return (0, float(value), value) if value.lstrip("-").replace(".", "", 1).isdecimal() else (1, 0.0, value)
 
 
-def _figures(cohort: Cohort, inside: NDArray[np.bool_], known: pa.Table, rule: Rule, *, labelled: bool) -> dict[str, Any]:
-    scans = cohort.scans.filter(pa.array(inside))
-    rows = known.filter(pa.array(inside[known["row"].to_numpy()]))
+@dataclass(frozen=True)
+class _Rows:
+    """Scan x region rows as plain arrays, so that a large cohort is cut into dozens of groups without copying its tables."""
+
+    names: list[str]
+    region: NDArray[np.int64]
+    state: NDArray[Any]
+    scan: NDArray[np.int64]
+    patient: NDArray[np.int64]
+    figure: Mapping[str, NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, cohort: Cohort) -> "_Rows":
+        table = cohort.regions
+        codes = {name: table[name].combine_chunks().dictionary_encode() for name in ("region", "state")}
+        states = np.array([*codes["state"].dictionary.to_pylist(), ""], dtype=object)
+        scan = table["row"].to_numpy()
+        return cls(
+            codes["region"].dictionary.to_pylist(),
+            codes["region"].indices.to_numpy().astype(np.int64),
+            states[codes["state"].indices.to_numpy()],
+            scan,
+            patient_codes(cohort.scans["patient_id"].combine_chunks())[scan],
+            {name: float_column(table, name) for name in NEEDED},
+        )
+
+    def figures(self, inside: NDArray[np.bool_], rule: Rule, *, labelled: bool) -> list[dict[str, Any]]:
+        """The figures of every region that any of these scans has, with labels or without."""
+        taken = inside[self.scan]
+        if labelled:
+            taken &= self.state != "no_label"
+        found = []
+        for number, region in enumerate(self.names):
+            rows = np.flatnonzero(taken & (self.region == number))
+            if rows.size:
+                part = {name: column[rows] for name, column in self.figure.items()}
+                measured = _scored(part, self.state[rows], self.patient[rows], rule) if labelled else _unscored(part)
+                found.append({"region": region, **measured})
+        return found
+
+
+def _scored(
+    part: Mapping[str, NDArray[np.float64]], states: NDArray[Any], patients: NDArray[np.int64], rule: Rule
+) -> dict[str, Any]:
+    dice = np.where(states == "both_empty", 1.0 if rule == "brats" else np.nan, part["dice"])
+    spread = five_numbers(dice)
+    distance = part["hd95_mm"] if not np.isnan(part["hd95_mm"]).all() else part["hd95_px"]
+    if rule == "brats":
+        distance = np.where(states == "both_empty", 0.0, np.where(np.isinf(distance), BRATS_INFINITE_MM, distance))
+    mean = float(np.nanmean(dice)) if spread["n"] else None
     return {
-        "scans": scans.num_rows,
-        "patients": pc.count_distinct(scans["patient_id"]).as_py(),
-        "failed": count(pc.equal(scans["status"], "failed")),
-        "regions": _scored(rows, rule) if labelled else _unscored(rows),
+        "scored": spread["n"],
+        "dice": {"mean": mean, "median": spread["median"], "q1": spread["q1"], "q3": spread["q3"]},
+        "dice_interval": list(bootstrap_interval(dice, patients, draws=DRAWS)),
+        "hd95_median": five_numbers(distance)["median"],
+        "volume_error_relative": five_numbers(part["volume_error_relative"])["median"],
+        **{state: int(np.count_nonzero(states == state)) for state in ("missed", "spurious", "both_empty")},
     }
 
 
-def _scored(rows: pa.Table, rule: Rule) -> list[dict[str, Any]]:
-    rows = rows.filter(pc.not_equal(rows["state"], "no_label"))
-    found = []
-    for region, s in aggregate(rows, rule=rule).items():
-        part = rows.filter(pc.equal(rows["region"], region))
-        interval = bootstrap_interval(ruled_dice(part, rule), part["patient_id"].to_numpy(), draws=DRAWS)
-        distance = s.hd95_mm if s.hd95_mm.num else s.hd95_px
-        found.append(
-            {
-                "region": region,
-                "scored": s.num_scored,
-                "dice": {"mean": s.dice.mean, "median": s.dice.median, "q1": s.dice.q1, "q3": s.dice.q3},
-                "dice_interval": list(interval),
-                "hd95_median": distance.median,
-                "volume_error_relative": s.volume_error_relative.median,
-                **{state: s.states[state] for state in ("missed", "spurious", "both_empty")},
-            }
-        )
-    return found
-
-
-def _unscored(rows: pa.Table) -> list[dict[str, Any]]:
+def _unscored(part: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
     """What can be said of a group without labels."""
-    found = []
-    for region in pc.unique(rows["region"]).to_pylist():
-        part = rows.filter(pc.equal(rows["region"], region))
-        entry: dict[str, Any] = {"region": region, "scans": part.num_rows}
-        for name in ("prediction_volume_mm3", "prediction_voxels", "mean_probability", "mean_entropy"):
-            entry[f"median_{name}"] = _median(part[name])
-        found.append({**entry, "found_nothing": count(pc.equal(part["prediction_voxels"], 0))})
-    return found
-
-
-def _median(column: Any) -> float | None:
-    values = column.drop_null().to_numpy()
-    return float(np.median(values)) if values.size else None
+    names = ("prediction_volume_mm3", "prediction_voxels", "mean_probability", "mean_entropy")
+    medians = {f"median_{name}": five_numbers(part[name])["median"] for name in names}
+    return {"scans": len(part["dice"]), **medians, "found_nothing": int(np.count_nonzero(part["prediction_voxels"] == 0))}

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -36,8 +37,10 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for key, inner in node.items():
             yield from leaves(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(node, Sequence) and not isinstance(node, str):
-        for number, inner in enumerate(node):
-            yield from leaves(inner, f"{path}.{_name(inner, number)}")
+        names = [_name(inner, number) for number, inner in enumerate(node)]
+        twice = {name for name, times in Counter(names).items() if times > 1}
+        for number, (name, inner) in enumerate(zip(names, node, strict=True)):
+            yield from leaves(inner, f"{path}.{name}/{number}" if name in twice else f"{path}.{name}")
     else:
         yield path, node
 

@@ -33,6 +33,7 @@ def write_run(run: str, scans: int, *, seed: int = 0) -> str:
             storage.write_table(place, columns.slice(start, SCANS_A_PART))
     storage.write_table(storage.join(run, "metrics.parquet"), pa.concat_tables(metrics), row_group_rows=65536)
     storage.write_json(storage.join(run, "run.json"), _info(scans))
+    storage.write_json(storage.join(run, "_SUCCESS.json"), {})
     return run
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from fault_proxy import FaultProxy, faulty_store
+from fault_proxy import FaultProxy, faulty_store, some
 from object_stores import BUCKET, SWIFT_KEYS, closed_port, silent_server, surroundings
 
 from brainseg import commands, storage
@@ -69,6 +69,14 @@ class TestMistakes:
         endpoint = closed_port()
         with surroundings(endpoint):
             refused(lambda: act(f"{AT}/x"), f"nothing answers at {endpoint}.*AWS_ENDPOINT_URL")
+
+    def test_a_store_of_which_every_third_answer_is_spoilt_is_no_mistake(
+        self, store: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store, "choose", some(0.35, seed=3))
+        for _ in range(25):
+            storage.check_readable(f"{AT}/folder/x")
+            storage.check_writable(f"{AT}/open/run")
 
     def test_credentials_in_a_place_are_refused_and_not_repeated(self, store: FaultProxy) -> None:
         line = refused(lambda: storage.check_readable("s3://user:swordfish@archive/x"), "a place cannot carry credentials")

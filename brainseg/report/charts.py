@@ -104,7 +104,7 @@ def even_axis(low: float, high: float, title: str, *, most: int = 6) -> Axis:
     power = 10.0 ** math.floor(math.log10(width))
     step = next(s for s in (power * f for f in (0.1, 0.2, 0.5, 1, 2, 5, 10)) if width / s <= most - 1)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return Axis([float(f"{n * step:.6g}") for n in range(first, max(last, first + 1) + 1)], title)
+    return Axis([float(f"{n * step:.12g}") for n in range(first, max(last, first + 1) + 1)], title)
 
 
 def log_axis(values: Any, title: str, *, infinite: bool = False) -> Axis:
@@ -213,7 +213,8 @@ def _guide(guide: Guide, axes: tuple[Axis, Axis]) -> list[str]:
         (x1, x2), (y1, y2) = _x(axes[0].place([low, high])), _y(axes[1].place([low, high]))
         return [_line(x1, y1, x2, y2, guide.css)]
     y = float(_y(axes[1].place([guide.at]))[0])
-    return [_line(LEFT, y, WIDTH - RIGHT, y, guide.css), _text(WIDTH - RIGHT, y - 3, guide.words, "end", "note")]
+    place, anchor = (LEFT + 4, "start") if guide.css == "bias" else (WIDTH - RIGHT, "end")
+    return [_line(LEFT, y, WIDTH - RIGHT, y, guide.css), _text(place, y - 3, guide.words, anchor, "note")]
 
 
 def curves(here: Floats, there: Floats, axis: Axis, says: str) -> Chart:

@@ -28,16 +28,23 @@ SLOWEST_BYTES_PER_S = 1_000_000
 class Patience:
     """How long a whole operation may take, and how long one connection may stay silent.
 
-    No attempt begins that could outlast the deadline by being silent.
+    No attempt begins that could outlast the deadline by being silent; or, where somebody else keeps the time (`is_watched`),
+    by taking a second longer than the last one.
     """
 
     deadline_s: float
     connect_s: float
     read_s: float
+    is_watched: bool = False
+
+    def reserve_s(self, last_s: float) -> float:
+        """Seconds that must be left for another attempt to begin, if the last one took so long."""
+        silent_s = self.connect_s + self.read_s
+        return min(silent_s, last_s + 1) if self.is_watched else silent_s
 
 
 PATIENT = Patience(deadline_s=60, connect_s=5, read_s=20)
-HURRIED = Patience(deadline_s=8, connect_s=3, read_s=4)
+HURRIED = Patience(deadline_s=8, connect_s=3, read_s=4, is_watched=True)
 """For the preflight: a person waits for it."""
 
 
@@ -84,14 +91,14 @@ def whole(doing: str, uri: str, call: Callable[[Attempt], T], patience: Patience
 
     attempt = Attempt(patience)
     while True:
+        began = time.monotonic()
         try:
             return call(attempt)
         except (BotoCoreError, ClientError, HTTPError, DamagedError, OSError, ValueError) as error:
             if missing is not _NEVER and code_of(error) in ("404", "NoSuchKey", "NoSuchUpload"):
                 return missing  # type: ignore[no-any-return]
             wait_s = random.uniform(0.5, 1.0) * min(5.0, 0.05 * 2**attempt.number)
-            silent_s = patience.connect_s + patience.read_s
-            if not is_passing(error) or attempt.left_s() < wait_s + silent_s:
+            if not is_passing(error) or attempt.left_s() < wait_s + patience.reserve_s(time.monotonic() - began):
                 raise StorageError(one_line(doing, uri, _reason(error, attempt))) from error
             attempt.number += 1
             time.sleep(wait_s)

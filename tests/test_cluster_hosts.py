@@ -125,7 +125,11 @@ def slurm(tmp_path):
     def run(*words, driver="exit 0", **more):
         env = {**os.environ, **allocation, **places, **mine, "DRIVER": driver, **more}
         command = ["bash", str(CLUSTER / "slurm.sh"), *words]
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        heard = signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background ignore it, and so would the script
+        try:
+            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        finally:
+            signal.signal(signal.SIGINT, heard)
 
     return run
 

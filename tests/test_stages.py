@@ -268,6 +268,7 @@ class Choosy(nn.Module):
     def __init__(self, network, most, error):
         super().__init__()
         self.network, self.most, self.error = network, most, error
+        self.memory_format = network.memory_format
 
     def forward(self, x):
         if len(x) > self.most:

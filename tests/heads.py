@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,12 @@ def _await(address: str, head: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         assert head.poll() is None, "the head ended"
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/version", timeout=5):
+        try:
+            with urllib.request.urlopen(f"{address}/api/version", timeout=5):
+                return
+        except urllib.error.HTTPError:  # it wants a token: it is there
             return
+        except OSError:
+            pass
         time.sleep(0.5)
     raise AssertionError("the head does not answer")

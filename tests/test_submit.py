@@ -124,6 +124,7 @@ class Cuts:
         for one in (source, target):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+            one.close()
 
 
 @pytest.fixture(scope="module")

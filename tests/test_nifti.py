@@ -9,7 +9,7 @@ import zlib
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
@@ -120,7 +120,13 @@ def test_any_file_of_nibabel_reads_as_nibabel_reads_it(array, affine, big_endian
     assert ours.array.dtype.isnative
 
 
+ALMOST_HALF_A_TURN = np.array(
+    [[1, 0, 0, 0], [0, -0.999999166, 5.11999801e-3, 0], [0, -1.2799995e-3, -3.99999666, 0], [0, 0, 0, 1]]
+)
+
+
 @given(affines())
+@example(ALMOST_HALF_A_TURN)
 @settings(max_examples=40, deadline=None)
 def test_a_qform_alone_places_the_volume_where_nibabel_does(affine):
     image = nib.Nifti1Image(head().T, None)

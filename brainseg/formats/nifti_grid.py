@@ -69,9 +69,9 @@ def _qform(header: np.void, spacing: Matrix) -> Matrix | None:
     norm = np.sqrt(b * b + c * c + d * d)
     if not norm <= 1.0 + 1e-3:
         return None
-    b, c, d = np.array([b, c, d]) / max(norm, 1.0)
-    rest = 1.0 - (b * b + c * c + d * d)
-    a = np.sqrt(rest) if rest > HALF_TURN else 0.0
+    rest = 1.0 - norm * norm
+    a = np.sqrt(rest) if rest >= HALF_TURN else 0.0
+    a, b, c, d = np.array([a, b, c, d]) / np.hypot(a, norm)  # of length 1 again after the rounding: a rotation does not shrink
     rotation = np.array(
         [
             [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],

@@ -99,7 +99,7 @@ def _start_local() -> None:
 def _one_line_of_a_failed_start() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # what Ray raises here differs from version to version
+    except Exception as error:  # Ray raises a bare Exception when its node times out
         ray.shutdown()
         said = one_line(str(error) or type(error).__name__)[:200]
         text = "a local Ray did not come up on this machine; it may be too busy, or short of memory or of room below /tmp"

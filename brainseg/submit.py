@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 from urllib.parse import urlsplit
 
-from brainseg.errors import BrainsegError, ClusterError, ConfigError, ExitCode, PreflightError, UsageError, one_line
+from brainseg.errors import ClusterError, ConfigError, ExitCode, PreflightError, UsageError, one_line
 from brainseg.specs import KINDS, Kind, Spec, made_by, read_spec
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ PATIENCE_S = 600.0
 """A cluster that has not answered for so long is given up; the job goes on without us."""
 RECONNECT_S = (0.5, 15.0)
 """Pause before the first try to reach the cluster again, and the longest one."""
+LOST = (RuntimeError, OSError)
+"""What Ray's client raises: RuntimeError with the page of a refusal in it, ConnectionError, or what its HTTP library has."""
 SPEC = "spec.yaml"
 NO_BYTECODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 Say = Callable[[str], None]
@@ -60,12 +62,14 @@ def submit(path: str, address: str, *, kind: Kind | None = None) -> Submission:
         if (living.metadata or {}).get("spec") != mark:
             raise UsageError(f"job {living.submission_id} is making {made_by(spec)} from another spec; stop it first")
         return Submission(str(living.submission_id), is_new=False)
-    with _answered(address), packed(Path(path)) as folder:
+    attempt = f"{name}-{len(before) + 1}"
+    about = {"job_submission_id": attempt, "kind": kind, "makes": made_by(spec), "spec": mark}
+    with packed(Path(path)) as folder, _answered(address):
         made: str = client.submit_job(
             entrypoint=f"python -m brainseg.job {kind} {SPEC}",
-            submission_id=f"{name}-{len(before) + 1}",
+            submission_id=attempt,
             runtime_env={"working_dir": str(folder)},
-            metadata={"job_submission_id": f"{name}-{len(before) + 1}", "kind": kind, "makes": made_by(spec), "spec": mark},
+            metadata=about,
         )
     return Submission(made, is_new=True)
 
@@ -127,12 +131,10 @@ def connect(address: str) -> "JobSubmissionClient":
 
 @contextmanager
 def _answered(address: str) -> Iterator[None]:
-    """Whatever Ray's client raises, as one line."""
+    """What Ray's client raises where a cluster does not answer as it should, as one line."""
     try:
         yield
-    except BrainsegError:
-        raise
-    except Exception as error:  # Ray raises RuntimeError with a page in it, ConnectionError, or what its HTTP library does
+    except LOST as error:
         said = one_line(str(error))
         if re.search(r"\b401\b|[Uu]nauthori[sz]ed|[Aa]uthenticat", said):
             text = f"{address} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
@@ -190,30 +192,34 @@ def follow(address: str, job: str, hear: Hear, say: Say, *, patience_s: float = 
     client, heard, pause = connect(address), 0, RECONNECT_S[0]
     last_contact = time.monotonic()
     while True:
-        with suppress(Exception):  # a dropped connection, in whatever words
-            for text in _tail(client, job, heard):
-                heard += len(text)
-                hear(text)
-                last_contact, pause = time.monotonic(), RECONNECT_S[0]
-        try:
-            info = client.get_job_info(job)
-            last_contact = time.monotonic()
-        except Exception as error:  # the same
-            if re.search("does not exist", str(error)):
-                raise UsageError(f"{address} knows no job {one_line(job)[:100]}; see `brainseg jobs list`") from error
+        for text in _tail(client, job, heard):
+            heard += len(text)
+            hear(text)
+            last_contact, pause = time.monotonic(), RECONNECT_S[0]
+        info = _look(client, job)
+        if info is None:
             if time.monotonic() - last_contact > patience_s:
-                raise ClusterError(
-                    f"{address} has not answered for {patience_s:.0f} s; the job goes on: {again(job)}"
-                ) from error
+                raise ClusterError(f"{address} has not answered for {patience_s:.0f} s; the job goes on: {again(job)}")
             say(f"the connection to {address} is gone; trying again in {pause:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, RECONNECT_S[1])
-            continue
-        if info.status.is_terminal():
-            with suppress(Exception):  # what came after the last word of the tail
+        elif info.status.is_terminal():
+            with suppress(*LOST):  # what came after the last word of the tail
                 hear(client.get_job_logs(job)[heard:])
             return _exit_code(info, say)
-        time.sleep(RECONNECT_S[0])
+        else:
+            last_contact = time.monotonic()
+            time.sleep(RECONNECT_S[0])
+
+
+def _look(client: "JobSubmissionClient", job: str) -> "JobDetails | None":
+    """How a job stands; None where the cluster cannot be reached now. UsageError where it does not know the job."""
+    try:
+        return client.get_job_info(job)
+    except LOST as error:
+        if "does not exist" in str(error):
+            raise UsageError(f"the cluster knows no job {one_line(job)[:100]}; see `brainseg jobs list`") from error
+        return None
 
 
 def again(job: str) -> str:
@@ -222,21 +228,19 @@ def again(job: str) -> str:
 
 
 def _tail(client: "JobSubmissionClient", job: str, skip: int) -> Iterator[str]:
-    """The log's text as it comes, from its beginning, without the first `skip` characters."""
+    """The log's text as it comes, without the first `skip` characters, until it ends or the connection is lost."""
+    from aiohttp import ClientError
+
     lines: AsyncIterator[str] = client.tail_job_logs(job)
-    loop = asyncio.new_event_loop()
-    try:
-        while True:
-            try:
-                text = loop.run_until_complete(anext(lines))
-            except StopAsyncIteration:
-                return
+    with asyncio.Runner() as runner, suppress(ClientError, *LOST):
+        while (text := runner.run(_next(lines))) is not None:
             fresh, skip = text[skip:], max(0, skip - len(text))
             if fresh:
                 yield fresh
-    finally:
-        loop.run_until_complete(lines.aclose()) if hasattr(lines, "aclose") else None
-        loop.close()
+
+
+async def _next(lines: AsyncIterator[str]) -> str | None:
+    return await anext(lines, None)
 
 
 def _exit_code(info: "JobDetails", say: Say) -> int:

@@ -75,7 +75,7 @@ def tensors_of(data: bytes, where: str) -> dict[str, Tensor]:
     """The tensors in the bytes of a safetensors file. PreflightError where they are something else."""
     try:
         return load_tensors(data)
-    except Exception as error:
+    except Exception as error:  # a foreign decoder on foreign bytes
         if holds_pickle(data):
             found = "a Python pickle, or an archive with one in it, which runs code when it is loaded"
         else:

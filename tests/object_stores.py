@@ -24,6 +24,7 @@ from typing import Any, Self
 import pytest
 from botocore.awsrequest import AWSPreparedRequest
 from botocore.compat import HTTPHeaders
+from heads import free_ports
 
 from brainseg.storage.attempts import PATIENT, client, forget_clients
 
@@ -229,7 +230,7 @@ class Swift:
 
     def __init__(self, binaries: Path, root: Path) -> None:
         self._binaries, self._root, self._started = binaries, root, list[subprocess.Popen[bytes]]()
-        self._ports = _free_ports(4)
+        self._ports = free_ports(4)
         self.endpoint = f"http://127.0.0.1:{self._ports[3]}"
 
     def start(self) -> None:
@@ -280,14 +281,6 @@ def _proxy_sections() -> str:
     return f"[pipeline:main]\npipeline = {_PIPELINE}\n{app}{filters}"
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
-
-
 @contextlib.contextmanager
 def swift_server(root: Path) -> Iterator[str]:
     """A fresh Swift with the bucket in it; returns its endpoint. Skips, with the reason, where it cannot be had."""
@@ -329,4 +322,4 @@ def silent_server(*, takes_connections: bool) -> Iterator[str]:
 
 def closed_port() -> str:
     """An endpoint at which nothing listens."""
-    return f"http://127.0.0.1:{_free_ports(1)[0]}"
+    return f"http://127.0.0.1:{free_ports(1)[0]}"

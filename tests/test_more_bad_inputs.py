@@ -492,7 +492,7 @@ def flipped(data: bytes, needle: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-def hdf5s() -> Iterator[Kind]:
+def hdf5_links() -> Iterator[Kind]:
     outside = REFUSE, "OUTSIDE_ROOT"
     yield slice_h5("hdf5", h5(), ACCEPT)
     yield slice_h5("hdf5, values from another file by a virtual dataset", virtual("/etc/other.h5"), *outside)
@@ -515,6 +515,9 @@ def hdf5s() -> Iterator[Kind]:
     yield slice_h5("hdf5, a link to nothing", written(image=h5py.SoftLink("/nothing")), REFUSE, "MISSING_KEY")
     yield slice_h5("hdf5, a link that climbs", written(image=h5py.SoftLink("../../image")), REFUSE, "MISSING_KEY")
     yield slice_h5("hdf5, a link to the values", written(there=IMAGE_H5, image=h5py.SoftLink("there")), WARN, "NO_CHECKSUM")
+
+
+def hdf5_types() -> Iterator[Kind]:
     yield slice_h5("hdf5, a group of that name", h5(lambda file: file.create_group("image")), REFUSE, "MISSING_KEY")
     yield slice_h5("hdf5, a type of that name", written(image=np.dtype("f8")), REFUSE, "MISSING_KEY")
     for name, dtype in {
@@ -530,6 +533,9 @@ def hdf5s() -> Iterator[Kind]:
         "arrays": np.dtype(("f8", (2,))),
     }.items():
         yield slice_h5(f"hdf5, {name}", typed(dtype), REFUSE, "BAD_DATATYPE")
+
+
+def hdf5_shapes() -> Iterator[Kind]:
     yield slice_h5("hdf5, no values at all", written(image=h5py.Empty("f8")), REFUSE, "TOO_LARGE")
     yield slice_h5("hdf5, a single number", written(image=1.0), REFUSE, "SHAPE_MISMATCH")
     yield slice_h5("hdf5, no rows", written(image=np.zeros((0, 6, 4))), REFUSE, "SHAPE_MISMATCH")
@@ -553,6 +559,9 @@ def hdf5s() -> Iterator[Kind]:
     yield slice_h5(
         "hdf5, a million empty chunks", made(shape=(1000, 1000, 4), dtype="u1", chunks=(1, 1, 4)), REFUSE, "TRUNCATED"
     )
+
+
+def hdf5_chunks() -> Iterator[Kind]:
     yield slice_h5("hdf5, values never written", made(shape=IMAGE_H5.shape, dtype="f8"), REFUSE, "TRUNCATED")
     yield slice_h5(
         "hdf5, values that are all the fill value",
@@ -574,6 +583,9 @@ def hdf5s() -> Iterator[Kind]:
     yield slice_h5("hdf5, contiguous", made(), WARN, "NO_CHECKSUM")
     checked = made(chunks=IMAGE_H5.shape, fletcher32=True)
     yield slice_h5("hdf5, a flipped bit under a checksum", flipped(checked, raw[-64:]), REFUSE, "CORRUPT")
+
+
+def hdf5_files() -> Iterator[Kind]:
     yield slice_h5("hdf5, behind a block of 512 bytes", h5(userblock_size=512), ACCEPT)
     yield slice_h5("hdf5, behind a block of 8192 bytes", h5(userblock_size=8192), ACCEPT)
     yield slice_h5("hdf5, one byte short", h5()[:-1], REFUSE, "TRUNCATED")
@@ -586,6 +598,9 @@ def hdf5s() -> Iterator[Kind]:
         REFUSE,
         "MISSING_KEY",
     )
+
+
+def hdf5_masks() -> Iterator[Kind]:
     yield slice_h5("hdf5, two classes in one pixel", written(mask=MASK_H5 | MASK_H5[..., :1]), REFUSE, "BAD_LABELS")
     yield slice_h5("hdf5, half a class", written(mask=MASK_H5 * 0.5), REFUSE, "BAD_LABELS")
     yield slice_h5("hdf5, a mask of NaN", written(mask=np.where(MASK_H5, NAN, 0)), REFUSE, "BAD_LABELS")
@@ -593,7 +608,8 @@ def hdf5s() -> Iterator[Kind]:
 
 
 def kinds() -> list[Kind]:
-    return [kind for family in (volumes, headers, streams, values, pictures, tiffs, hdf5s) for kind in family()]
+    hdf5s = hdf5_links, hdf5_types, hdf5_shapes, hdf5_chunks, hdf5_files, hdf5_masks
+    return [kind for family in (volumes, headers, streams, values, pictures, tiffs, *hdf5s) for kind in family()]
 
 
 KINDS = kinds()

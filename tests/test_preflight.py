@@ -77,6 +77,7 @@ class TestMistakes:
         for _ in range(25):
             storage.check_readable(f"{AT}/folder/x")
             storage.check_writable(f"{AT}/open/run")
+        assert sum(store.count.faults.values()) > 25
 
     def test_credentials_in_a_place_are_refused_and_not_repeated(self, store: FaultProxy) -> None:
         line = refused(lambda: storage.check_readable("s3://user:swordfish@archive/x"), "a place cannot carry credentials")

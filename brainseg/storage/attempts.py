@@ -190,6 +190,13 @@ def is_passing_code(code: str) -> bool:
     return code in _PASSING_CODES
 
 
+def refusal() -> type[Exception]:
+    """What boto3 raises where a store answered, and said no. A function, since boto3 is imported when it is needed."""
+    from botocore.exceptions import ClientError
+
+    return ClientError  # type: ignore[no-any-return]
+
+
 def status_of(error: BaseException) -> int:
     """The HTTP status of a store's refusal; 0 for an error of the client."""
     response = getattr(error, "response", None)

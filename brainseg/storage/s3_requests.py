@@ -23,6 +23,7 @@ from brainseg.storage.attempts import (
     is_encrypted,
     is_passing_code,
     plain_words,
+    refusal,
     status_of,
 )
 from brainseg.storage.place import SCHEME, Leftover, one_line
@@ -73,7 +74,7 @@ def read_range(attempt: Attempt, bucket: str, key: str, wanted: str) -> Range:
 def _read_range(attempt: Attempt, bucket: str, key: str, wanted: str) -> Range:
     try:
         answer = attempt.client.get_object(Bucket=bucket, Key=key, Range=f"bytes={wanted}")
-    except Exception as error:
+    except refusal() as error:
         if code_of(error) in ("InvalidRange", "416"):  # nothing is in it
             return Range(b"", 0, "")
         raise
@@ -155,7 +156,7 @@ class Put:
         attempt.allow(len(self._data))
         try:
             self._send(attempt, bucket, key, IfNoneMatch="*")
-        except Exception as error:
+        except refusal() as error:
             if status_of(error) == 412:
                 return False
             if status_of(error) != 501:
@@ -167,7 +168,7 @@ class Put:
         """Whether the object has this very content."""
         try:
             return read(attempt, bucket, key) == self._data
-        except Exception as error:
+        except refusal() as error:
             if code_of(error) == "NoSuchKey":
                 return False
             raise
@@ -188,7 +189,7 @@ def is_taken(attempt: Attempt, bucket: str, key: str) -> bool:
     """Whether an object is there."""
     try:
         head(attempt, bucket, key)
-    except Exception as error:
+    except refusal() as error:
         if status_of(error) == 404:
             return False
         raise
@@ -238,7 +239,7 @@ def list_uploads(attempt: Attempt, bucket: str, prefix: str, after: tuple[str, s
     begin = {"KeyMarker": after[0], "UploadIdMarker": after[1]} if after else {}
     try:
         page = attempt.client.list_multipart_uploads(**request, **begin)
-    except Exception as error:
+    except refusal() as error:
         if status_of(error) in (405, 501):  # a store without uploads in pieces
             return [], None
         raise
@@ -267,7 +268,7 @@ def delete_batch(attempt: Attempt, bucket: str, prefix: str, keys: Sequence[str]
     wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
     try:
         answer = attempt.client.delete_objects(Bucket=bucket, Delete=wanted)
-    except Exception as error:
+    except refusal() as error:
         if status_of(error) in (405, 501):
             return False
         raise

@@ -28,18 +28,19 @@ from brainseg.postprocess import Smallest, drop_components
 from brainseg.prepare import (
     Plan,
     canonical_box,
-    gather_context,
     model_slices,
     native_probabilities,
     plan_scan,
     select_modalities,
+    slices_together,
+    stack_context,
     to_tensor,
     uncrop,
 )
 from brainseg.regions import label_map
 from brainseg.scans import Scan
 from brainseg.sliding import Patch, slide
-from brainseg.unet import UNet
+from brainseg.unet import UNet, folded
 from brainseg.weights import MOST_BYTES, blueprint, check_fit, read_json, read_limited, tensors_of
 
 CARD = "model.json"
@@ -50,6 +51,8 @@ MOST_CHANNELS = 64
 """Modalities, regions, and letters of the name of either."""
 PIXELS_PER_FORWARD = {"cpu": 16 * 128 * 128, "cuda": 512 * 128 * 128}
 """How many model-grid pixels go through the network at once: on a CPU what fits its caches, on a GPU what fills it."""
+ALMOST_SURE = 1e-6
+"""Probabilities nearer to 0 or 1 count as this far from it where a logarithm is taken."""
 
 
 Patients = Sequence[str | None] | None
@@ -153,7 +156,7 @@ class Segmenter(ABC):
 
         ScanError NON_FINITE where an answer is no number: over no threshold, it would look like a scan without a tumour.
         """
-        if not bool(torch.isfinite(probability).all()):
+        if not math.isfinite(float(probability.sum(dtype=torch.float64))):
             raise ScanError(Code.NON_FINITE, f"{scan.scan_id}: the network answered with what is no number")
         threshold, smallest = self.settings.threshold, self.settings.smallest_component
         assert isinstance(threshold, float), "`resolved` comes before"
@@ -161,7 +164,8 @@ class Segmenter(ABC):
         painted = self.drop_components(self.paint(probability, threshold), smallest)
         kept = torch.from_numpy(label_map(self.card.label_map).masks(painted, self.card.regions)).to(probability.device)
         head = torch.from_numpy(_head(scan, self.card.modalities)).to(probability.device)
-        trust = tuple(_trust(p, m, head) for p, m in zip(probability, kept, strict=True))
+        entropies = _mean_entropies(probability, head)
+        trust = tuple(_trust(p, m, head, e) for p, m, e in zip(probability, kept, entropies, strict=True))
         return Prediction(uncrop(painted, scan.grid, scan.box), trust, 0.0)
 
 
@@ -174,6 +178,7 @@ class Model(Segmenter):
         self.device = device
         self.settings = settings
         self.network: UNet = network.eval().to(device, memory_format=network.memory_format)  # type: ignore[call-overload]
+        self.stored = next(network.parameters()).dtype
         self.memory_format = network.memory_format
         self.dtype = inference_dtype(settings.precision, device)
         self.pixels_per_forward = PIXELS_PER_FORWARD[device.type]
@@ -188,8 +193,7 @@ class Model(Segmenter):
         for scan, plan, answer in zip(scans, plans, self._answers(scans, plans), strict=True):
             _, height, width = _crop_shape(scan)
             with torch.inference_mode():
-                probability = native_probabilities(answer, plan, height, width)  # (D, R, h, w)
-            yield probability.permute(1, 0, 2, 3)
+                yield native_probabilities(answer.transpose(0, 1), plan, height, width)
 
     def _answers(self, scans: Sequence[Scan], plans: Sequence[Plan]) -> Iterable[Tensor]:
         """Each scan's region probabilities `(D, R, S, S)` on the model grid: slices together, or volumes one by one."""
@@ -206,8 +210,8 @@ class Model(Segmenter):
 
     def _slices(self, scan: Scan, plan: Plan) -> Tensor:
         crop, _ = select_modalities(scan, self.card.modalities)
-        raw = gather_context(crop, range(crop.shape[1]), plan.context)
-        return model_slices(to_tensor(raw, self.device), plan)
+        slices = model_slices(to_tensor(crop, self.device).transpose(0, 1), plan)
+        return stack_context(slices, range(len(slices)), plan.context)
 
     def _forward(self, slices: Tensor) -> Tensor:
         """Region probabilities `(N, R, ...)` of model slices or patches `(N, K*C, ...)`; halves the batch when memory runs out.
@@ -227,7 +231,7 @@ class Model(Segmenter):
                 torch.cuda.empty_cache()
 
     def _probabilities(self, chunk: Tensor) -> Tensor:
-        chunk = chunk.contiguous(memory_format=self.memory_format)
+        chunk = chunk.to(self.stored, memory_format=self.memory_format)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             probability = torch.sigmoid(self.network(chunk).float())
             if self.settings.flip:
@@ -251,16 +255,28 @@ def _head(scan: Scan, modalities: Sequence[str]) -> NDArray[np.bool_]:
     return head
 
 
-def _trust(probability: Tensor, mask: Tensor, head: Tensor) -> dict[str, float | None]:
+def _trust(probability: Tensor, mask: Tensor, head: Tensor, entropy: float | None) -> dict[str, float | None]:
     """Label-free figures of one region: how sure inside the mask, how undecided over the head, how much outside it."""
-    inside, anywhere = int(mask.sum()), bool(head.any())
-    p = probability.clamp(1e-6, 1 - 1e-6)
-    entropy = -(p * p.log2() + (1 - p) * (1 - p).log2())
+    inside = int(torch.count_nonzero(mask))
     return {
         "mean_probability": float(probability[mask].mean()) if inside else None,
-        "mean_entropy": float(entropy[head].mean()) if anywhere else None,
-        "outside_head_fraction": float((mask & ~head).sum()) / inside if inside else None,
+        "mean_entropy": entropy,
+        "outside_head_fraction": int(torch.count_nonzero(mask & ~head)) / inside if inside else None,
     }
+
+
+def _mean_entropies(probability: Tensor, head: Tensor) -> list[float | None]:
+    """Mean binary entropy in bits over the head `(D, h, w)`, of each region of `(R, D, h, w)`; a few slices at a time."""
+    voxels = int(torch.count_nonzero(head))
+    if not voxels:
+        return [None] * len(probability)
+    weight, total = head.float(), torch.zeros(len(probability), dtype=torch.float64)
+    step = slices_together(probability)
+    for part, inside in zip(torch.split(probability, step, dim=1), torch.split(weight, step), strict=True):
+        p = part.clamp(ALMOST_SURE, 1 - ALMOST_SURE)
+        nats = torch.log1p(-p).addcmul_(p, torch.logit(p)).mul_(inside)
+        total -= nats.sum(dim=(1, 2, 3)).cpu().double()
+    return [float(each) for each in total / (voxels * math.log(2))]
 
 
 def inference_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -373,4 +389,5 @@ def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = 
     network = UNet(card.network, len(card.modalities), len(card.regions))
     network.load_state_dict(tensors)
     chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(card, network, fingerprint_of(card), chosen, resolved(settings, card))
+    ready = folded(network).to(inference_dtype(settings.precision, chosen))
+    return Model(card, ready, fingerprint_of(card), chosen, resolved(settings, card))

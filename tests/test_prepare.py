@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from factory import CPU, FEW, affine, iou, make_scan
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from brainseg.config import PrepareConfig
 from brainseg.errors import Code, ScanError
@@ -22,6 +23,7 @@ from brainseg.prepare import (
     native_probabilities,
     plan_scan,
     select_modalities,
+    stack_context,
     to_tensor,
     uncrop,
 )
@@ -232,6 +234,36 @@ class TestContext:
         _, together = seen(scan, context=1)
         assert torch.equal(together[2], torch.cat([alone[1], alone[2], alone[3]]))
         assert torch.equal(together[0], torch.cat([alone[0], alone[0], alone[1]]))
+
+    @FEW
+    @given(depth=st.integers(1, 6), context=st.integers(0, 3), channels=st.integers(1, 3))
+    def test_slices_stacked_on_the_model_grid_are_those_stacked_before(self, depth, context, channels):
+        crop = np.arange(channels * depth * 4).reshape(channels, depth, 2, 2)
+        after = stack_context(torch.from_numpy(crop).transpose(0, 1), range(depth), context)
+        assert np.array_equal(after, gather_context(crop, range(depth), context))
+
+
+class TestResampling:
+    @FEW
+    @given(
+        crop=st.tuples(st.integers(2, 70), st.integers(2, 70)),
+        frame=st.tuples(st.integers(2, 90), st.integers(2, 90)),
+        place=st.tuples(st.integers(-40, 40), st.integers(-40, 40)),
+        size=st.sampled_from([8, 33, 64]),
+    )
+    def test_it_is_torchs_with_antialiasing_there_and_back(self, crop, frame, place, size):
+        """The crop lies in a frame that may reach beyond it on any side, or leave part of it out."""
+        (h, w), (height, width), (top, left) = crop, frame, place
+        assume(-height < top < h and -width < left < w)  # they overlap
+        plan = Plan((0.0,), (1.0,), (0.0,), top, left, height, width, size, context=0, per_slice_max=False)
+        image = torch.rand(3, 1, h, w, generator=torch.Generator().manual_seed(h + w))
+        framed = functional.pad(image, (-left, left + width - w, -top, top + height - h))
+        expected = functional.interpolate(framed, (size, size), mode="bilinear", antialias=True)
+        assert torch.allclose(model_slices(image, plan), expected, atol=1e-6)
+        assert torch.allclose(model_masks(image, plan), expected, atol=1e-6)
+        back = functional.interpolate(expected, (height, width), mode="bilinear", antialias=True)
+        back = functional.pad(back, (left, w - left - width, top, h - top - height))
+        assert torch.allclose(native_probabilities(expected, plan, h, w), back, atol=1e-6)
 
 
 def test_a_plan_survives_the_way_through_json():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from factory import tiny_config
+from torch import nn
 
 from brainseg.config import NetworkConfig
-from brainseg.unet import PRIOR_LOGIT, UNet, num_parameters
+from brainseg.unet import PRIOR_LOGIT, UNet, folded, num_parameters
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance", "group", "none"])
@@ -63,6 +64,24 @@ def test_the_seed_alone_decides_the_weights():
         made.append(torch.cat([p.flatten() for p in UNet(config, 1, 1).parameters()]))
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_folded_it_answers_the_same_to_rounding_and_is_left_as_it_was(dimensions, norm, residual):
+    network = UNet(NetworkConfig(dimensions=dimensions, widths=(8, 16, 16), norm=norm, residual=residual), 2, 1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):  # as after some training
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.1, 4)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    x = torch.randn(2, 2, *(16,) * dimensions)
+    joined = folded(network)
+    with torch.inference_mode():
+        assert torch.allclose(joined(x), network.eval()(x), atol=1e-4)
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) for module in joined.modules())
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
 class TestDeepSupervision:

@@ -57,7 +57,7 @@ def _deflated(data: bytes, content: memoryview) -> bool:
             return False
     except imagecodecs.GzipError:
         return False
-    trailer = struct.pack("<II", zlib.crc32(content), len(content) & 0xFFFFFFFF)
+    trailer = struct.pack("<II", imagecodecs.deflate_crc32(content), len(content) & 0xFFFFFFFF)
     return data.find(trailer) == len(data) - len(trailer)
 
 

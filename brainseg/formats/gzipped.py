@@ -1,4 +1,4 @@
-"""gzip (RFC 1952): packed bytes -> exactly the bytes a header promises, or the reason why not.
+"""gzip (RFC 1952): packed bytes -> exactly the bytes a header promises, or the reason why not; and bytes -> packed ones.
 
 libdeflate unpacks the usual file, one member whose recorded length is the one expected; zlib takes everything else in
 steps, so that nothing is allocated on the word of a stream, and finds out what is wrong with a broken one.
@@ -15,6 +15,8 @@ from brainseg.errors import Code
 from brainseg.formats import Notes
 
 GZIP_MAGIC = b"\x1f\x8b"
+_HEADER = GZIP_MAGIC + b"\x08\0\0\0\0\0\0\xff"
+LEVEL = 4
 MAX_RATIO = 1032
 """No deflate stream expands further (zlib's technical notes)."""
 MAX_EXTRA_BYTES = 1 << 26
@@ -46,6 +48,15 @@ def unpack(data: bytes, size: int, notes: Notes) -> memoryview:
     return content
 
 
+def pack(data: bytes | bytearray) -> bytes:
+    """Return `data` as one gzip member, without a name or a time in it.
+
+    zlib-ng makes masks, which are nearly all zeros, an eighth larger than libdeflate does, in a seventh of its time.
+    """
+    wrapped = imagecodecs.zlibng_encode(data, level=LEVEL)  # between two bytes and four that gzip has otherwise (RFC 1950)
+    return b"".join([_HEADER, wrapped[2:-4], struct.pack("<II", imagecodecs.deflate_crc32(data), len(data) & 0xFFFFFFFF)])
+
+
 def _deflated(data: bytes, content: memoryview) -> bool:
     """Fill `content` by libdeflate; False where it refuses, or where more may follow its one member: zlib then looks.
 
@@ -57,7 +68,8 @@ def _deflated(data: bytes, content: memoryview) -> bool:
             return False
     except imagecodecs.GzipError:
         return False
-    trailer = struct.pack("<II", imagecodecs.deflate_crc32(content), len(content) & 0xFFFFFFFF)
+    checksum = imagecodecs.deflate_crc32(content)  # type: ignore[arg-type]  # its stubs know no memoryview
+    trailer = struct.pack("<II", checksum, len(content) & 0xFFFFFFFF)
     return data.find(trailer) == len(data) - len(trailer)
 
 

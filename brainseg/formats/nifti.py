@@ -8,19 +8,17 @@ quaternion: nifti1.h and nifti2.h of the NIfTI Data Format Working Group.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
 from brainseg.errors import Code
 from brainseg.formats import MAX_BYTES, MAX_VOXELS, Decoded, Notes, require_bytes, unexpected
-from brainseg.formats.gzipped import GZIP_MAGIC, first_bytes, unpack
+from brainseg.formats.gzipped import GZIP_MAGIC, first_bytes, pack, unpack
 from brainseg.formats.nifti_grid import read_grid
 from brainseg.geometry import Grid
 
 Order = Literal["<", ">"]
 
-COMPRESSION_LEVEL = 6
 BLOCK_VOXELS = 1 << 20
 MAX_SIDE = 32_767
 """NIfTI-1 counts voxels along an axis in 16 bits; a mask could not be written for a volume that is longer."""
@@ -141,8 +139,10 @@ def write_nifti(array: NDArray[Any], grid: Grid) -> bytes:
     if grid.matrix is not None and grid.spacing_mm is not None:
         header["srow"], header["sform_code"], header["units"] = grid.matrix[:3], 1, 2
         header["pixdim"][1:4] = grid.spacing_mm[::-1]
-    voxels = np.ascontiguousarray(array, dtype).tobytes()
-    return bytes(imagecodecs.gzip_encode(header.tobytes() + bytes(4) + voxels, level=COMPRESSION_LEVEL))
+    content = bytearray(352 + array.size * dtype.itemsize)
+    content[:348] = header.tobytes()
+    np.frombuffer(content, dtype, array.size, 352).reshape(array.shape)[...] = array
+    return pack(content)
 
 
 def _layout(version: int, order: Order) -> np.dtype[Any]:

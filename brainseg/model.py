@@ -156,7 +156,7 @@ class Segmenter(ABC):
 
         ScanError NON_FINITE where an answer is no number: over no threshold, it would look like a scan without a tumour.
         """
-        if not math.isfinite(float(probability.sum(dtype=torch.float64))):
+        if not math.isfinite(float(probability.sum())):
             raise ScanError(Code.NON_FINITE, f"{scan.scan_id}: the network answered with what is no number")
         threshold, smallest = self.settings.threshold, self.settings.smallest_component
         assert isinstance(threshold, float), "`resolved` comes before"
@@ -201,7 +201,8 @@ class Model(Segmenter):
             return (self._slid(scan, plan, self.card.prepare.patch) for scan, plan in zip(scans, plans, strict=True))
         with torch.inference_mode():
             stacks = [self._slices(scan, plan) for scan, plan in zip(scans, plans, strict=True)]
-            return torch.split(self._forward(torch.cat(stacks)), [len(s) for s in stacks])
+            together = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+            return torch.split(self._forward(together), [len(s) for s in stacks])
 
     @torch.inference_mode()
     def _slid(self, scan: Scan, plan: Plan, patch: Patch) -> Tensor:

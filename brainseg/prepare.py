@@ -170,6 +170,8 @@ def stack_context(slices: Tensor, indices: Sequence[int], context: int) -> Tenso
 
     A slice is prepared by itself, so preparing before stacking gives what stacking before preparing gives, in 1/K of the time.
     """
+    if not context and len(indices) == len(slices):
+        return slices
     wanted = torch.from_numpy(_neighbours(indices, context, len(slices))).to(slices.device)
     return slices[wanted].flatten(1, 2)
 

@@ -193,7 +193,8 @@ class Model(Segmenter):
         for scan, plan, answer in zip(scans, plans, self._answers(scans, plans), strict=True):
             _, height, width = _crop_shape(scan)
             with torch.inference_mode():
-                yield native_probabilities(answer.transpose(0, 1), plan, height, width)
+                probability = native_probabilities(answer.transpose(0, 1), plan, height, width)
+            yield probability
 
     def _answers(self, scans: Sequence[Scan], plans: Sequence[Plan]) -> Iterable[Tensor]:
         """Each scan's region probabilities `(D, R, S, S)` on the model grid: slices together, or volumes one by one."""

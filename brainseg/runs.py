@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from brainseg import storage
 from brainseg.errors import Code, RunError, StorageError
@@ -174,7 +175,7 @@ def set_damaged_aside(run: str) -> int:
     damaged = []
     for uri in parts(run):
         try:
-            _rows(uri, MEASURED)
+            _measured(uri)
         except StorageError:
             damaged.append(uri)
     for uri in damaged:
@@ -188,11 +189,6 @@ def _key_rows(uri: str) -> list[dict[str, Any]]:
     if table.schema.types != [SCANS.field(name).type for name in KEYS]:
         raise StorageError(f"{uri}: its columns are not those of a `{PARTS}` table")
     return _values(table, uri)
-
-
-def _rows(uri: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Some columns of a part, as plain values. StorageError where they cannot be read."""
-    return _values(storage.read_table(uri, list(columns)), uri)
 
 
 def _values(table: pa.Table, uri: str) -> list[dict[str, Any]]:
@@ -251,18 +247,43 @@ def write_metrics(run: str, split: Split) -> dict[str, int]:
     """Derive RUN/metrics.parquet from the parts; returns how many scans have a label and how many were evaluated."""
     tables: list[pa.Table] = []
     labelled = evaluated = 0
-    for uri in parts(run):
-        flat: list[dict[str, Any]] = []
-        for row in _rows(uri, MEASURED):
-            scored = any(e["state"] != "no_label" for e in row["regions"] or ())
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        for part in pool.map(_measured, parts(run)):
+            flat, scored, with_label = _flattened(part, split)
+            tables.append(flat)
             evaluated += scored
-            labelled += scored or any(s["role"] in ("label", "both") for s in row["sources"])
-            flat += metrics_of(row, split)
-        tables.append(pa.Table.from_pylist(flat, schema=METRICS))
+            labelled += with_label
     table = pa.concat_tables(tables) if tables else METRICS.empty_table()
     ordered = table.sort_by([("scan_id", "ascending"), ("region", "ascending")])
     storage.write_table(storage.join(run, METRICS_FILE), ordered, row_group_rows=65536)
     return {"labelled": labelled, "evaluated": evaluated}
+
+
+def _measured(uri: str) -> pa.Table:
+    """The columns `MEASURED` of a part, every value looked at. StorageError where one cannot be read."""
+    table = storage.read_table(uri, list(MEASURED)).select(list(MEASURED)).combine_chunks()
+    with translated("read as Parquet", uri):
+        table.validate(full=True)
+    return table
+
+
+def _flattened(part: pa.Table, split: Split) -> tuple[pa.Table, int, int]:
+    """What `metrics_of` makes of every row of a part, column by column; how many rows are evaluated, and have a label."""
+    regions, sources = (_one_chunk(part[name]) for name in ("regions", "sources"))
+    parents, entries = pc.list_parent_indices(regions), pc.list_flatten(regions)
+    whose = zip(part["patient_id"].to_pylist(), part["scan_id"].to_pylist(), strict=True)
+    sides = pa.array([split.part_of(patient, scan) for patient, scan in whose], pa.string())
+    columns = {name: _one_chunk(part[name]).take(parents) for name in _SHARED} | {"split": sides.take(parents)}
+    columns |= {name: pc.struct_field(entries, name) for name in METRICS.names if name not in columns}
+    scored = pc.unique(parents.filter(pc.not_equal(pc.struct_field(entries, "state"), "no_label")))
+    roles = pc.struct_field(pc.list_flatten(sources), "role")
+    listed = pc.list_parent_indices(sources).filter(pc.is_in(roles, pa.array(["label", "both"])))
+    labelled = {*scored.to_pylist(), *listed.to_pylist()}
+    return pa.table([columns[name] for name in METRICS.names], schema=METRICS), len(scored), len(labelled)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
 
 
 def metrics_of(row: Mapping[str, Any], split: Split) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ A scan that fails in a stage carries its failure onward and becomes a quarantine
 import hashlib
 import json
 import logging
+import math
 import socket
 import struct
 import time
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ LOG = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parent
 VOXELS_TOGETHER = 24_000_000
 """Scans share forward batches until their crops hold this many voxels: keeps memory flat whatever a part's size."""
+INTENSITY_VOXELS = 200_000
+"""How bright a scan is, is taken from about so many voxels: a mean needs no more."""
+
 Row = Mapping[str, Any]
 
 
@@ -196,6 +201,7 @@ def _measured(work: Work, row: dict[str, Any], job: Job) -> Work:
         "orientation": scan.grid.orientation,
         "modalities": list(job.card.modalities),
         "modalities_duplicated": list(scan.duplicated),
+        "intensities": intensities(scan),
         "mask": mask,
         "mask_encoding": encoding,
         "mask_sha256": hashlib.sha256(mask).hexdigest(),
@@ -203,6 +209,18 @@ def _measured(work: Work, row: dict[str, Any], job: Job) -> Work:
         "status": "ok",
     }
     return work
+
+
+def intensities(scan: Scan) -> list[dict[str, Any]]:
+    """Mean and standard deviation of each modality inside the head, as stored: entries of `tables.INTENSITY`."""
+    found: list[dict[str, Any]] = []
+    for name, volume, nothing in zip(scan.modalities, scan.image, scan.background, strict=True):
+        step = next(n for n in count(max(1, volume.size // INTENSITY_VOXELS)) if math.gcd(n, volume.size) == 1)
+        sample = volume.reshape(-1)[::step]  # a step that shares no factor with the shape comes by every row and column
+        head = sample[sample != nothing].astype(np.float64)
+        known = {"mean": float(head.mean()), "sd": float(head.std())} if head.size else {"mean": None, "sd": None}
+        found.append({"modality": name, **known})
+    return found
 
 
 def in_groups(works: Iterable[Work]) -> Iterator[list[Work]]:

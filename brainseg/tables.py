@@ -150,6 +150,14 @@ REGION = pa.struct(
     ]
 )
 
+INTENSITY = pa.struct(
+    [
+        _field("modality", pa.string(), "the modality", required=True),
+        _field("mean", pa.float64(), "mean over the head, in the file's own units; null where it shows nothing"),
+        _field("sd", pa.float64(), "standard deviation of the same"),
+    ]
+)
+
 THUMBNAIL = pa.struct(
     [
         _field("slice_index", pa.int32(), "index along D in display orientation", required=True),
@@ -178,6 +186,11 @@ SCANS = _schema(
         _field("modalities_missing", pa.list_(pa.string()), "modalities the model wants and the scan lacks"),
         _field("modalities_duplicated", pa.list_(pa.string()), "modalities equal to another one to the last bit"),
         _field(
+            "intensities",
+            pa.list_(INTENSITY),
+            "how bright each modality is before normalisation, of about 200,000 evenly spaced voxels: drifts with a scanner",
+        ),
+        _field(
             "mask", pa.large_binary(), "a complete .nii.gz (or .png for a single image) on the native grid, in label values"
         ),
         _field("mask_encoding", pa.string(), "`nii.gz` or `png`"),
@@ -196,6 +209,9 @@ SCANS = _schema(
         _field("finished_at", pa.timestamp("us", tz="UTC"), "when the row was complete", required=True),
     ],
 )
+
+EARLIER_SCANS = SCANS.remove(SCANS.get_field_index("intensities"))
+"""The fact table of runs that were made before a scan's brightness was recorded."""
 
 METRICS = _schema(
     "metrics",

@@ -22,7 +22,7 @@ from brainseg.errors import BrainsegError, StorageError, one_line
 from brainseg.model import Split
 from brainseg.runs import FILES_AT_ONCE, PARTS, Seal
 from brainseg.storage.place import is_temporary, translated
-from brainseg.tables import METRICS, SCANS
+from brainseg.tables import EARLIER_SCANS, METRICS, SCANS
 
 IDENTITY = ("run_id", "model_fingerprint", "config_fingerprint")
 NEEDED = (*runs.MEASURED, "status", "content_tag", *IDENTITY, "mask", "mask_sha256")
@@ -231,7 +231,7 @@ def _rows(data: bytes, uri: str) -> tuple[list[dict[str, Any]] | None, list[str]
     """
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
-            if file.schema_arrow.equals(SCANS):
+            if any(file.schema_arrow.equals(known) for known in (SCANS, EARLIER_SCANS)):
                 rows = _plain(file.read().select(list(NEEDED)))
                 return rows, [row["scan_id"] for row in rows]
             has_ids = "scan_id" in file.schema_arrow.names

@@ -11,9 +11,9 @@ from rows_as_runs import SHAPE, failed_row, scan_row, tumour, typical_rows, writ
 from brainseg import report
 from brainseg.report.view import build_view
 
-playwright = pytest.importorskip("playwright.sync_api")
+playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright here: pip install -e '.[browser]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this system: apt-get install chromium")
 HOSTILE = "\"><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"> {{ 7 * 7 }} 'é/#%&"
 WIDTHS = (1280, 390)
 
@@ -150,7 +150,7 @@ def test_a_click_on_a_dot_opens_the_scan_whose_figures_it_stands_for(page):
     page.mouse.click(*at)
     data = json.loads(page.locator("#data").inner_text())
     row = next(r for r in data["rows"] if r[0] == page.locator("#scan-title").inner_text())
-    assert row[4][0][1] == pytest.approx((230 - 38 - y) / (230 - 38 - 12), abs=0.002)
+    assert row[4][0][1] == pytest.approx((236 - 38 - y) / (236 - 38 - 18), abs=0.002)
     page.click("#scan-next")
     assert page.locator("#scan-title").inner_text() != row[0]
     page.click("#scan-back")

@@ -29,12 +29,13 @@ def rows():
 def test_the_figures_are_those_of_the_parquet(rows, tmp_path):
     run = write_run(tmp_path / "run", rows)
     flat = [
-        {**entry, "patient_id": row["patient_id"]}
+        {**entry, "patient_id": row["patient_id"], "scan_id": row["scan_id"]}
         for part in sorted((tmp_path / "run" / "scans").iterdir())
-        for row in pq.read_table(part, columns=["patient_id", "regions"]).to_pylist()
+        for row in pq.read_table(part, columns=["scan_id", "patient_id", "regions"]).to_pylist()
         for entry in row["regions"] or ()
         if entry["region"] == "WT"
     ]
+    flat.sort(key=lambda entry: entry["scan_id"])
     dice = [e["dice"] for e in flat if e["dice"] is not None]
     group = report.summary([run])["groups"][0]
     figure = group["regions"][0]
@@ -162,6 +163,7 @@ def test_a_scan_written_twice_counts_once_and_the_last_row_wins(rows, tmp_path):
 
 
 def test_runs_are_pooled_scan_by_scan(rows, tmp_path):
+    rows = sorted(rows, key=lambda row: row["scan_id"])
     first = write_run(tmp_path / "a", rows[:10])
     second = write_run(tmp_path / "b", rows[10:])
     both, whole = report.summary([first, second]), report.summary([write_run(tmp_path / "c", rows)])
@@ -182,12 +184,16 @@ def test_the_rule_changes_what_both_empty_counts(rows, tmp_path):
 
 def test_without_labels_the_page_says_so_and_shows_how_far_to_trust_it(tmp_path):
     rows = [scan_row(f"s{i}", patient=f"p{i}", label=None, prediction=tumour((2, 18, 16), 6), seed=i) for i in range(5)]
+    for i, row in enumerate(rows):
+        row["attributes"] = [("site", "AB"[i % 2])]
     made, html = make_page(write_run(tmp_path / "run", rows), tmp_path)
     assert made.headline is None
     assert made.dice == {}
     text = Page(html).text
     assert "No scan was evaluated" in text
     assert "Least certain" in text
+    (by_site,) = report.summary([str(tmp_path / "run")])["subgroups"]
+    assert [(v["value"], v["regions"][0]["scans"]) for v in by_site["values"]] == [("A", 3), ("B", 2)]
 
 
 def test_a_run_without_a_row_still_makes_a_page(tmp_path):
@@ -266,15 +272,15 @@ def test_the_quarantine_counts_every_failed_scan_by_its_code(rows, tmp_path):
     quarantine = report.summary([run])["quarantine"]
     assert {q["code"]: q["count"] for q in quarantine} == {"CORRUPT": 2, "INTERNAL": 1}
     text = Page(make_page(run, tmp_path)[1]).text
-    for name in ("broken-1", "broken-2", "broken-3"):
-        assert f"{name}: found a stub, expected a scan" in text
+    for name, stage in (("broken-1", "decode"), ("broken-2", "predict"), ("broken-3", "decode")):
+        assert f"{name} ({stage}) found a stub, expected a scan" in text
 
 
 def test_the_gallery_goes_from_the_worst_over_the_median_to_the_best_and_shows_nobody_twice(rows, tmp_path):
     cohort = load([write_run(tmp_path / "run", rows)])
     shelves = choose(cohort, "test")
     ids, dice = cohort.scans["scan_id"].to_pylist(), {}
-    for entry in cohort.regions.to_pylist():
+    for entry in cohort.regions.table().to_pylist():
         dice.setdefault(entry["row"], []).append(entry["dice"])
     chosen = [[np.mean(dice[row]) for row in shelf] for _, shelf in shelves]
     assert [title for title, _ in shelves] == ["Worst", "Median", "Best", "Most surprising"]
@@ -292,7 +298,7 @@ def test_of_two_missed_tumours_the_larger_is_shown_first(tmp_path):
         rows.append(scan_row(name, patient=name, label=tumour((2, 18, 16), radius), prediction=answer))
     cohort = load([write_run(tmp_path / "run", rows)])
     worst = choose(cohort, "test")[0][1]
-    assert [rows[row]["scan_id"] for row in worst] == ["large", "middle"]
+    assert [cohort.scans["scan_id"][row].as_py() for row in worst] == ["large", "middle"]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7])

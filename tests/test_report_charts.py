@@ -1,6 +1,7 @@
 """Charts: every scan is drawn once, where its figures say, and the page's script can tell whose point it is."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def test_a_scatter_plot_draws_each_scan_once_at_its_place(number, seed):
     assert set(drawn) == {int(r) for r, s in zip(points.rows, points.states, strict=True) if s != "both_empty"}
     for x, y, row in zip(points.x, points.y, points.rows, strict=True):
         if int(row) in drawn:
-            assert drawn[int(row)] == pytest.approx((42 + x * (360 - 42 - 14), 230 - 38 - y * (230 - 38 - 12)), abs=0.051)
+            assert drawn[int(row)] == pytest.approx((42 + x * (360 - 42 - 14), 236 - 38 - y * (236 - 38 - 18)), abs=0.051)
 
 
 @given(st.lists(st.floats(0, 1), max_size=80))
@@ -46,15 +47,28 @@ def test_a_strip_holds_every_point_inside_its_own_row(values):
     chart = charts.strips([strip, strip], charts.share_axis("Dice"), "all")
     ys = [y for path in places(str(chart.svg)) for _, y in path]
     assert len(ys) == 2 * len(values)
-    assert all(charts.ROW_HEAD <= y <= charts.ROW for y in ys[: len(values)])
-    assert all(charts.ROW + charts.ROW_HEAD <= y <= 2 * charts.ROW for y in ys[len(values) :])
+    each = charts.row_height(2)
+    assert all(charts.ROW_HEAD <= y <= each for y in ys[: len(values)])
+    assert all(each + charts.ROW_HEAD <= y <= 2 * each for y in ys[len(values) :])
 
 
-def test_infinite_distances_stand_beyond_every_finite_one():
-    axis = charts.log_axis([0.5, 3.0, np.inf, 80.0], "HD95", infinite=True)
-    shares = axis.place([0.5, 80.0, np.inf, 0.0])
-    assert shares[0] < shares[1] < shares[2] <= 1
-    assert shares[3] == axis.place([axis.ticks[0]])[0]
+def test_infinite_distances_stand_beyond_every_finite_one_and_zeros_before():
+    axis = charts.log_axis([0.5, 3.0, np.inf, 80.0, 0.0], "HD95", infinite=True)
+    shares = axis.place([0.0, axis.ticks[0], 0.5, 80.0, axis.ticks[-1], np.inf])
+    assert 0 <= shares[0] < shares[1] <= shares[2] < shares[3] <= shares[4] < shares[5] <= 1
+    assert [words for _, words in axis.marks()][:: len(axis.ticks) + 1] == ["0", "∞"]
+    assert "0" not in dict(charts.log_axis([0.5, 80.0], "HD95").marks()).values()
+
+
+@given(st.lists(st.integers(-100_000, 100_000), min_size=1, max_size=4))
+def test_the_words_of_reference_lines_never_touch_and_keep_their_order(values):
+    guides = [charts.Guide(value, f"line {value}") for value in values]
+    axes = (charts.share_axis("x"), charts.even_axis(min(values), max(values), "y"))
+    drawn = str(charts.scatter(dots(3), axes, "all", guides).svg)
+    ys = [float(y) for y in re.findall(r'<text class="note" x="[\d.]+" y="([-\d.]+)"', drawn)]
+    assert len(ys) == len(values)
+    assert all(one - other >= 12.3 for one, other in pairwise(ys))
+    assert re.findall(r">line ([^<]*)<", drawn) == [str(value) for value in sorted(values)]
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))

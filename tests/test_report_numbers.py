@@ -4,15 +4,18 @@ import csv
 import io
 import json
 import re
+import shutil
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rows_as_runs import SHAPE, Page, make_page, scan_row, tumour, typical_rows, write_run
 from scipy.stats import ks_2samp, spearmanr, wilcoxon
 
 from brainseg import report
 from brainseg.errors import Code, UsageError
+from brainseg.report import measured
 from brainseg.report.advice import ADVICE, UNKNOWN, what_to_do
 from brainseg.report.agreement import surprise
 from brainseg.report.facts import load
@@ -70,22 +73,25 @@ def test_headline_figures_are_those_of_a_database(run):
     group = report.summary([run])["groups"][0]
     wanted = duckdb.sql(
         f"select region, avg(dice), median(dice), quantile_cont(dice, 0.25), count(dice), avg(recall), "
-        f"2 * sum(tp) / sum(2 * tp + fp + fn) from {flat(run)} where state <> 'no_label' group by region"
+        f"2 * sum(tp) / sum(2 * tp + fp + fn), count(distinct patient_id) filter (dice is not null) from {flat(run)} "
+        "where state <> 'no_label' group by region"
     ).fetchall()
     found = {r["region"]: r for r in group["regions"]}
     assert len(wanted) == len(found) == 2
-    for region, mean, median, q1, number, recall, pooled in wanted:
+    for region, mean, median, q1, number, recall, pooled, patients in wanted:
         r = found[region]
-        assert r["num_scored"] == number
+        assert (r["num_scored"], r["num_patients_scored"]) == (number, patients)
         for here, there in ((r["dice"]["mean"], mean), (r["dice"]["median"], median), (r["dice"]["q1"], q1)):
             assert here == pytest.approx(there)
         assert (r["recall"]["mean"], r["pooled_dice"]) == pytest.approx((recall, pooled))
 
 
-def test_a_finished_run_is_read_from_its_flat_table_and_gives_the_same(run, rows, tmp_path):
+@pytest.mark.parametrize("room_bytes", [measured.ROOM_BYTES, 600], ids=["whole", "a column at a time"])
+def test_a_finished_run_is_read_from_its_flat_table_and_gives_the_same(rows, tmp_path, monkeypatch, room_bytes):
     from brainseg import runs
     from brainseg.model import Split
 
+    monkeypatch.setattr(measured, "ROOM_BYTES", room_bytes)
     done = write_run(tmp_path / "run", rows)
     before = report.summary([done])
     runs.write_metrics(done, Split(test=tuple(r["patient_id"] for r in rows)))
@@ -209,6 +215,58 @@ def test_drift_is_the_largest_gap_between_two_distributions_and_says_which_way(t
     assert all("too few" in f["words"] or "not known" in f["words"] for f in few)
 
 
+def test_a_scanner_that_was_changed_shows_in_the_intensities_of_its_modality(tmp_path):
+    def cohort(name, gains):
+        row = scan_row("s", patient="p", label=None, prediction=tumour((2, 18, 16), 6))
+        rng, rows = np.random.default_rng(3), []
+        for i in range(30):
+            bright = [{"modality": m, "mean": gain * rng.normal(600, 20), "sd": gain * 60.0} for m, gain in gains.items()]
+            rows.append({**row, "scan_id": f"{name}-{i}", "patient_id": f"{name}-{i}", "intensities": bright})
+        return write_run(tmp_path / name, rows)
+
+    before, after = cohort("before", {"flair": 1.0, "t1c": 1.0}), cohort("after", {"flair": 1.0, "t1c": 1.5})
+    drift = report.summary([after], reference=before)["drift"]
+    words = {(f["figure"], f["region"]): f["words"] for f in drift["figures"] if f["figure"].startswith("intensity")}
+    assert drift["intensities"]
+    assert words == {
+        ("intensity_mean", "flair"): words["intensity_mean", "flair"],
+        ("intensity_mean", "t1c"): "another population, higher here",
+        ("intensity_sd", "flair"): "alike",
+        ("intensity_sd", "t1c"): "another population, higher here",
+    }
+    assert "another population" not in words["intensity_mean", "flair"]
+    stored = duckdb.sql(
+        f"select median(e.mean) from (select unnest(intensities) e from '{after}/scans/*.parquet') where e.modality = 't1c'"
+    ).fetchall()[0][0]
+    shown = next(f for f in drift["figures"] if (f["figure"], f["region"]) == ("intensity_mean", "t1c"))
+    assert (shown["here"]["n"], shown["here"]["median"]) == (30, pytest.approx(stored))
+
+
+def test_drift_against_a_run_of_an_earlier_version_goes_without_intensities(run, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(run, older)
+    for part in (older / "scans").iterdir():
+        pq.write_table(pq.read_table(part).drop_columns(["intensities"]), part)
+    summary = report.summary([run], reference=str(older))
+    assert not summary["drift"]["intensities"]
+    assert summary["alerts"] == report.summary([run])["alerts"]
+    assert {f["ks"] for f in summary["drift"]["figures"] if f["ks"] is not None} == {0.0}
+
+
+def test_who_marks_something_where_there_is_nothing_gets_worse_by_name(tmp_path):
+    nothing, something = np.zeros(SHAPE, np.uint8), tumour((2, 18, 16), 6)
+    rows = {
+        name: [scan_row("quiet", patient="a", label=nothing, prediction=answer), *typical_rows(6)]
+        for name, answer in (("before", nothing), ("after", something))
+    }
+    before, after = (write_run(tmp_path / name, rows[name]) for name in ("before", "after"))
+    for entry in report.summary([after], compare=before)["comparison"]["regions"]:
+        assert (entry["worse"], entry["better"]) == (1, 0)
+        assert [line["scan_id"] for line in entry["regressions"]] == ["quiet"]
+        assert entry["regressions"][0]["difference"] == -1.0
+        assert entry["worse"] + entry["equal"] + entry["better"] == entry["dice"]["num_pairs"]
+
+
 def test_every_format_says_the_same_numbers(run, tmp_path):
     summary = report.summary([run])
     for format_ in ("json", "csv", "md"):
@@ -223,7 +281,7 @@ def test_every_format_says_the_same_numbers(run, tmp_path):
         assert text.removeprefix("'") == ("" if value is None else str(value))
     markdown = (tmp_path / "r.md").read_text("utf-8")
     for r in summary["groups"][0]["regions"]:
-        assert f"| {r['region']} | {r['num_scored']} | {r['num_patients']} | {r['dice']['mean']:.4g} |" in markdown
+        assert f"| {r['region']} | {r['num_scored']} | {r['num_patients_scored']} | {r['dice']['mean']:.4g} |" in markdown
     assert f"| {' | '.join(map(str, summary['counts'].values()))} |" in markdown
 
 

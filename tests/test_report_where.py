@@ -122,10 +122,10 @@ def test_a_condition_on_a_figure_picks_pairs_of_scan_and_region(run):
     part = only(cohort, "region = 'WT' and dice < 0.8 or state = 'missed'")
     ids = part.scans["scan_id"].to_pylist()
     assert part.regions.num_rows
-    for entry in part.regions.to_pylist():
+    for entry in part.regions.table().to_pylist():
         assert (entry["region"] == "WT" and entry["dice"] < 0.8) or entry["state"] == "missed"
-    whole = {(cohort.scans["scan_id"][e["row"]].as_py(), e["region"]): e["dice"] for e in cohort.regions.to_pylist()}
-    for entry in part.regions.to_pylist():
+    whole = {(cohort.scans["scan_id"][e["row"]].as_py(), e["region"]): e["dice"] for e in cohort.regions.table().to_pylist()}
+    for entry in part.regions.table().to_pylist():
         assert whole[ids[entry["row"]], entry["region"]] == entry["dice"]
     assert set(part.regions["row"].to_pylist()) == set(range(len(ids)))
 

@@ -358,3 +358,26 @@ class TestMaskFiles:
     def test_equal_masks_are_equal_bytes(self):
         label = make_scan().label
         assert encode_mask(label, make_scan().grid) == encode_mask(label.copy(), make_scan().grid)
+
+
+def test_a_row_says_how_bright_each_modality_is_inside_the_head():
+    scan = make_scan(name="s1")
+    found = stages.intensities(scan)
+    assert [entry["modality"] for entry in found] == list(scan.modalities)
+    for entry, volume, nothing in zip(found, scan.image, scan.background, strict=True):
+        head = volume[volume != nothing]
+        assert (entry["mean"], entry["sd"]) == pytest.approx((head.mean(), head.std()))
+    dark = replace(scan, image=np.full_like(scan.image, 7), background=(7,) * len(scan.modalities))
+    assert {(entry["mean"], entry["sd"]) for entry in stages.intensities(dark)} == {(None, None)}
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_the_voxels_that_stand_for_a_large_scan_come_from_everywhere(axis):
+    shape = (1, 96, 128, 128)
+    ramp = np.broadcast_to(
+        np.arange(1, shape[axis] + 1, dtype=np.int16).reshape([-1 if a == axis else 1 for a in range(4)]), shape
+    )
+    scan = replace(make_scan(name="s1"), modalities=("flair",), image=np.ascontiguousarray(ramp), background=(0,))
+    (entry,) = stages.intensities(scan)
+    assert entry["mean"] == pytest.approx(ramp.mean(), rel=0.01)
+    assert entry["sd"] == pytest.approx(ramp.std(), rel=0.01)

@@ -115,6 +115,16 @@ def test_a_sound_run_has_no_problem(run):
     assert verify_run(run) == []
 
 
+def test_a_run_made_before_brightness_was_recorded_is_still_sound(run):
+    for part in runs.parts(run):
+        storage.write_table(part, storage.read_table(part).drop_columns(["intensities"]))
+    reseal(run)
+    assert verify_run(run) == []
+    storage.write_table(part, storage.read_table(part).drop_columns(["warnings"]))
+    reseal(run)
+    assert found(run, "columns")
+
+
 def test_the_proof_holds_on_an_object_store_too():
     with moto_store() as bucket:
         run = make_run(f"{bucket}/runs/first")

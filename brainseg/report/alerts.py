@@ -22,10 +22,15 @@ def alerts(
     cohort: Cohort, counts: Mapping[str, int], lead: Mapping[str, Any] | None, baselines: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """Every alert on these runs, the gravest first. `lead` is the group of scans whose figures lead the page."""
-    said = [line for run in cohort.runs for line in _leakage(run, baselines)]
+    said = [_whose(cohort, run, line) for run in cohort.runs for line in _leakage(run, baselines)]
     said += _unlearnt(cohort, lead, baselines)
-    said += [line for run in cohort.runs for line in _model(run)]
+    said += [_whose(cohort, run, line) for run in cohort.runs for line in _model(run)]
     return said + _unread(cohort, counts) + _odd(cohort)
+
+
+def _whose(cohort: Cohort, run: Run, line: str) -> str:
+    """A line about one run; of several it says of which."""
+    return line if len(cohort.runs) == 1 else f"{run.model.get('name')}, run {run.info.get('run_id')}: {line}"
 
 
 def _leakage(run: Run, baselines: Sequence[Mapping[str, Any]]) -> list[str]:

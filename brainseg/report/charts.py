@@ -26,10 +26,13 @@ Floats = NDArray[np.float64]
 Drawn = tuple[str, str, Sequence[int]]
 """Class, path and table rows of the points of one state."""
 
-WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 42, 14, 12, 38
-ROW, ROW_HEAD = 58, 15
-"""Height of a group in a strip chart, and of the line of words above its points."""
+WIDTH, HEIGHT = 360, 236
+LEFT, RIGHT, TOP, BOTTOM = 42, 14, 18, 38
+GUIDED = 62
+"""Margin on the right where reference lines have words: beside the points, never over them."""
+
+ROW, TALLEST_ROW, ROW_HEAD = 58.0, 110.0, 15.0
+"""Least and largest height of a group in a strip chart, and the height of the line of words above its points."""
 
 GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, fill an interval evenly: a jitter that never clumps and is the same each time."""
@@ -37,36 +40,48 @@ GOLDEN = 0.6180339887498949
 INFINITE_AT, FINITE_TO = 0.97, 0.88
 """Where on an axis infinite values stand, and how far the finite ones reach then."""
 
-CURVE_POINTS = 200
+ZERO_AT, FINITE_FROM = 0.03, 0.1
+"""The same of zeros, which have no place on a logarithmic axis."""
+
+CURVE_POINTS, LINE = 200, 12.5
+"""Points of a drawn curve; height of a line of small words."""
+
 DRAWN = (("both", "both"), ("missed", "missed"), ("spurious", "spurious"), ("no_label", "both"))
 """State -> the class it is drawn in; scans where both masks are empty have no place in a chart."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from `ticks[0]` to `ticks[-1]`; `infinite` keeps room at its end for infinite values."""
+    """A scale from `ticks[0]` to `ticks[-1]`; `infinite` keeps room at its end for infinite values, `zero` before it for 0."""
 
     ticks: Sequence[float]
     title: str
     log: bool = False
     infinite: bool = False
+    zero: bool = False
 
     def place(self, values: Any) -> Floats:
-        """Shares 0..1 along the axis; what lies outside is put at its end, what is infinite beyond it."""
-        array = np.asarray(values, np.float64)
+        """Shares 0..1 along the axis; what lies outside is put at its end, what is infinite or 0 beyond it."""
+        array = known = np.asarray(values, np.float64)
         low, high = float(self.ticks[0]), float(self.ticks[-1])
         if self.log:
             array = np.log10(np.maximum(array, low))
             low, high = math.log10(low), math.log10(high)
-        shares = np.clip((array - low) / (high - low), 0, 1)
-        return np.where(np.isinf(array), INFINITE_AT, shares * FINITE_TO) if self.infinite else shares
+        first, last = FINITE_FROM if self.zero else 0.0, FINITE_TO if self.infinite else 1.0
+        shares = first + np.clip((array - low) / (high - low), 0, 1) * (last - first)
+        shares = np.where(np.isinf(known), INFINITE_AT, shares) if self.infinite else shares
+        return np.where(known == 0, ZERO_AT, shares) if self.zero else shares
+
+    def marks(self) -> list[tuple[float, str]]:
+        """Where along the axis words stand, and the words."""
+        found = [(float(share), self.words(tick)) for share, tick in zip(self.place(self.ticks), self.ticks, strict=True)]
+        return [*([(ZERO_AT, "0")] if self.zero else []), *found, *([(INFINITE_AT, "∞")] if self.infinite else [])]
 
     def words(self, tick: float) -> str:
-        """A tick in at most five letters: 0.05, 200, 5,000, 20k, 1M."""
+        """A tick in at most six letters: 0.05, −200, 5,000, 20k, 1M."""
         size = abs(tick)
-        if size >= 1e6:
-            return f"{tick / 1e6:,g}M"
-        return f"{tick / 1000:g}k" if size >= 1e4 else f"{tick:,g}"
+        short = f"{size / 1e6:,g}M" if size >= 1e6 else f"{size / 1000:g}k" if size >= 1e4 else f"{size:,g}"
+        return f"−{short}" if tick < 0 else short
 
 
 @dataclass(frozen=True)
@@ -108,11 +123,12 @@ def even_axis(low: float, high: float, title: str, *, most: int = 6) -> Axis:
 
 
 def log_axis(values: Any, title: str, *, infinite: bool = False) -> Axis:
-    """A logarithmic axis around the positive finite values."""
+    """A logarithmic axis around the positive finite values, with a place for zeros where there are any."""
     array = np.asarray(values, np.float64)
+    zero = bool(np.any(array == 0))
     known = array[np.isfinite(array) & (array > 0)]
     low, high = (float(known.min()), float(known.max())) if known.size else (1.0, 10.0)
-    return Axis(log_ticks(low, high), title, log=True, infinite=infinite)
+    return Axis(log_ticks(low, high), title, log=True, infinite=infinite, zero=zero)
 
 
 def share_axis(title: str) -> Axis:
@@ -136,25 +152,31 @@ def fitting_axis(values: Any, title: str) -> Axis:
 
 def strips(groups: Sequence[Strip], axis: Axis, says: str) -> Chart:
     """Groups below one another: box of the quartiles with whiskers to the 5th and 95th percentile, and every point jittered."""
-    height = len(groups) * ROW + BOTTOM
+    each = row_height(len(groups))
+    height = len(groups) * each + BOTTOM
     parts = [_below(axis, height - BOTTOM, top=2.0, left=8)]
     drawn: list[Drawn] = []
     boxes: list[str] = []
     for number, group in enumerate(groups):
-        top = number * ROW
-        boxes += _box(group, axis, top)
-        jitter = _jitter(axis.place(group.dots.x))
-        middle, half = top + ROW_HEAD + (ROW - ROW_HEAD) / 2, (ROW - ROW_HEAD) / 2 - 5
-        drawn += _paths(group.dots, _x(axis.place(group.dots.x), 8), middle + half * jitter, radius=_radius(len(group.dots.x)))
+        top, half = number * each, (each - ROW_HEAD) / 2
+        boxes += _box(group, axis, top, half)
+        places = axis.place(group.dots.x)
+        ys = top + ROW_HEAD + half + (half - 5) * _jitter(places)
+        drawn += _paths(group.dots, _x(places, 8), ys, radius=_radius(len(group.dots.x)))
     return _chart(parts, drawn, says, height, boxes)
 
 
-def _box(group: Strip, axis: Axis, top: float) -> list[str]:
-    middle = top + ROW_HEAD + (ROW - ROW_HEAD) / 2
+def row_height(groups: int) -> float:
+    """Of each group of a strip chart: a few groups fill the height of the charts beside them."""
+    return min(TALLEST_ROW, max(ROW, (HEIGHT - BOTTOM) / max(groups, 1)))
+
+
+def _box(group: Strip, axis: Axis, top: float, half: float) -> list[str]:
+    middle = top + ROW_HEAD + half
     name = group.name if len(group.name) <= 30 else f"{group.name[:29]}…"
     parts = [_text(8, top + 12, name, "start", "name"), _text(WIDTH - RIGHT, top + 12, group.note, "end", "tick")]
     if group.density:
-        parts.append(_violin(group.density, middle, (ROW - ROW_HEAD) / 2 - 4))
+        parts.append(_violin(group.density, middle, half - 4))
     if group.spread["median"] is None:
         return parts
     p5, q1, median, q3, p95 = (
@@ -200,21 +222,31 @@ class Guide:
 def scatter(dots: Dots, axes: tuple[Axis, Axis], says: str, guides: Sequence[Guide] = (), note: str = "") -> Chart:
     """Points over two axes, with reference lines. `note` says of how many scans the points are a sample."""
     x, y = axes
-    parts = [_below(x, HEIGHT - BOTTOM, title=f"{x.title}{note}"), _beside(y)]
-    for guide in guides:
-        parts += _guide(guide, axes)
-    drawn = _paths(dots, _x(x.place(dots.x)), _y(y.place(dots.y)), radius=_radius(len(dots.x)))
+    right = GUIDED if any(guide.words for guide in guides) else RIGHT
+    parts = [_below(x, HEIGHT - BOTTOM, title=f"{x.title}{note}", right=right), _beside(y, right)]
+    parts += [_guide(guide, axes, right) for guide in guides]
+    parts += _beside_guides([guide for guide in guides if guide.words], y, WIDTH - right + 5)
+    drawn = _paths(dots, _x(x.place(dots.x), right=right), _y(y.place(dots.y)), radius=_radius(len(dots.x)))
     return _chart(parts, drawn, says, HEIGHT)
 
 
-def _guide(guide: Guide, axes: tuple[Axis, Axis]) -> list[str]:
+def _guide(guide: Guide, axes: tuple[Axis, Axis], right: float) -> str:
     if guide.at is None:
         low, high = max(a.ticks[0] for a in axes), min(a.ticks[-1] for a in axes)
-        (x1, x2), (y1, y2) = _x(axes[0].place([low, high])), _y(axes[1].place([low, high]))
-        return [_line(x1, y1, x2, y2, guide.css)]
+        (x1, x2), (y1, y2) = _x(axes[0].place([low, high]), right=right), _y(axes[1].place([low, high]))
+        return _line(x1, y1, x2, y2, guide.css)
     y = float(_y(axes[1].place([guide.at]))[0])
-    place, anchor = (LEFT + 4, "start") if guide.css == "bias" else (WIDTH - RIGHT, "end")
-    return [_line(LEFT, y, WIDTH - RIGHT, y, guide.css), _text(place, y - 3, guide.words, anchor, "note")]
+    return _line(LEFT, y, WIDTH - right, y, guide.css)
+
+
+def _beside_guides(guides: Sequence[Guide], axis: Axis, left: float) -> list[str]:
+    """The words of reference lines at their right ends, from the lowest up, pushed apart where they would touch."""
+    drawn, below = [], float(HEIGHT)
+    for guide in sorted(guides, key=lambda guide: guide.at or 0.0):
+        y = min(float(_y(axis.place([guide.at]))[0]) + 3.5, below - LINE)
+        drawn.append(_text(left, y, guide.words, "start", "note"))
+        below = y
+    return drawn
 
 
 def curves(here: Floats, there: Floats, axis: Axis, says: str) -> Chart:
@@ -247,8 +279,8 @@ def columns(counts: Sequence[int], axis: Axis, title: str, says: str) -> Chart:
 # --- their parts ----------------------------------------------------------------------------------------------------
 
 
-def _x(shares: Floats, left: float = LEFT) -> Floats:
-    return left + shares * (WIDTH - left - RIGHT)
+def _x(shares: Floats, left: float = LEFT, right: float = RIGHT) -> Floats:
+    return left + shares * (WIDTH - left - right)
 
 
 def _y(shares: Floats) -> Floats:
@@ -285,25 +317,26 @@ def _chart(parts: Sequence[str], drawn: Sequence[Drawn], says: str, height: floa
     return Chart(Markup(f"{head}{''.join(parts)}{paths}{''.join(over)}</svg>"), [rows for _, _, rows in drawn])
 
 
-def _below(axis: Axis, bottom: float, *, top: float = TOP, left: float = LEFT, title: str | None = None) -> str:
+def _below(
+    axis: Axis, bottom: float, *, top: float = TOP, left: float = LEFT, right: float = RIGHT, title: str | None = None
+) -> str:
     """Ticks, faint lines up from them, and the title of the horizontal axis."""
-    drawn = [_line(left, bottom, WIDTH - RIGHT, bottom, "axis")]
-    for tick, x in zip(axis.ticks, _x(axis.place(axis.ticks), left), strict=True):
-        drawn += [_line(x, top, x, bottom, "grid"), _text(x, bottom + 14, axis.words(tick))]
-    if axis.infinite:
-        drawn.append(_text(float(_x(np.array(INFINITE_AT), left)), bottom + 14, "∞"))
+    drawn = [_line(left, bottom, WIDTH - right, bottom, "axis")]
+    for share, words in axis.marks():
+        x = float(_x(np.array(share), left, right))
+        drawn += [_line(x, top, x, bottom, "grid"), _text(x, bottom + 14, words)]
     return "".join(
-        [*drawn, _text((left + WIDTH - RIGHT) / 2, bottom + 31, axis.title if title is None else title, css="title")]
+        [*drawn, _text((left + WIDTH - right) / 2, bottom + 31, axis.title if title is None else title, css="title")]
     )
 
 
-def _beside(axis: Axis) -> str:
+def _beside(axis: Axis, right: float = RIGHT) -> str:
+    """Ticks, faint lines from them, and above all of it the title of the vertical axis."""
     drawn = []
-    for tick, y in zip(axis.ticks, _y(axis.place(axis.ticks)), strict=True):
-        drawn += [_line(LEFT, y, WIDTH - RIGHT, y, "grid"), _text(LEFT - 5, y + 3.5, axis.words(tick), "end")]
-    if axis.infinite:
-        drawn.append(_text(LEFT - 5, float(_y(np.array(INFINITE_AT))) + 4, "∞", "end"))
-    return "".join([*drawn, _text(2, 7, axis.title, "start", "title")])
+    for share, words in axis.marks():
+        y = float(_y(np.array(share)))
+        drawn += [_line(LEFT, y, WIDTH - right, y, "grid"), _text(LEFT - 5, y + 3.5, words, "end")]
+    return "".join([*drawn, _text(2, 8, axis.title, "start", "title")])
 
 
 def _text(x: float, y: float, words: str, anchor: str = "middle", css: str = "tick") -> str:

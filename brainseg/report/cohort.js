@@ -15,7 +15,7 @@
     return made;
   };
   const blank = (v) => v === null || v === undefined;
-  const number = (v, digits) => v.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  const number = (v, digits) => v.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "−");
   const words = (v, kind) => blank(v) ? "–" : v === Infinity ? "∞" : kind === "t" ? v : number(v, kind);
   const distance = (v) => v === "inf" ? Infinity : v;
   const link = (row) => "#scan=" + encodeURIComponent(row[0]);
@@ -63,20 +63,21 @@
     if (prediction) edges(picture[6], "prediction");
   }
   function panels(parent, row, picture, all) {
-    const box = element("div", parent, undefined, "panels"), where = `slice ${picture[2]} of ${row[0]}`;
+    const box = element("div", parent, undefined, "panels"), where = `slice ${picture[2] + 1} of ${row[0]}`;
     const panel = (caption, label, prediction) => {
       const cell = element("div", box);
       slice(cell, picture, label, prediction, `${caption}, ${where}`);
       element("small", cell, caption);
     };
-    panel(picture[3], false, false);
+    panel(`${picture[3]}, slice ${picture[2] + 1}`, false, false);
     if (all && picture[5]) panel("label", true, false);
     panel(picture[5] ? "label and prediction" : "prediction", true, true);
   }
-  const figures = (row) => data.regions.map((name, i) => {
+  const labelled = (row) => row[4].some((f) => f && f[0] !== "no_label");
+  const figures = (row) => (labelled(row) ? "Dice: " : "Mean probability: ") + data.regions.map((name, i) => {
     const f = row[4][i];
     if (!f) return `${name} –`;
-    if (f[0] === "no_label") return `${name} probability ${words(f[7], 3)}`;
+    if (f[0] === "no_label") return `${name} ${words(f[7], 3)}`;
     return blank(f[1]) ? `${name} both empty` : `${name} ${number(f[1], 3)}${f[0] === "both" ? "" : ` (${f[0]})`}`;
   }).join(", ");
   function card(parent, row) {
@@ -86,7 +87,7 @@
     const picture = data.pictures[data.rows.indexOf(row)];
     if (picture) panels(box, row, picture, false);
     else element("div", box, "no picture of this scan on the page", "no-picture");
-    element("div", box, figures(row), "small soft");
+    element("div", box, `${figures(row)} · ${row[2]}`, "small soft");
   }
 
   // --- the table ----------------------------------------------------------------------------------------------------

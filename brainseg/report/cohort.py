@@ -8,7 +8,7 @@ knows no infinity.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from brainseg.aggregate import RegionSummary, Rule, aggregate, bootstrap_interval
+from brainseg.aggregate import (
+    COUNTS,
+    LESION,
+    LESION_COUNTS,
+    OVERLAP,
+    SURFACE,
+    RegionSummary,
+    Rule,
+    aggregate,
+    bootstrap_interval,
+    patient_codes,
+)
 from brainseg.report.advice import what_to_do
 from brainseg.report.agreement import surprise, trust_against_dice, volume_agreement
 from brainseg.report.alerts import alerts
@@ -26,7 +37,7 @@ from brainseg.report.drift import drift
 from brainseg.report.facts import SPLITS, Cohort, Run, load
 from brainseg.report.groups import subgroups
 from brainseg.report.pace import throughput, timings
-from brainseg.report.rows import DRAWN, count, labelled_rows, mean_dice_of_scans, of_region, ruled_dice, with_names
+from brainseg.report.rows import DRAWN, count, labelled_rows, mean_dice_of_scans, ruled_dice, with_names
 from brainseg.report.rows import plain as plain
 from brainseg.report.versus import versus
 
@@ -183,17 +194,29 @@ def _group(cohort: Cohort, split: str, rule: Rule) -> dict[str, Any]:
 
 
 def _region_figures(cohort: Cohort, split: str, num_failed: int, rule: Rule) -> list[dict[str, Any]]:
-    """One entry a region: the fields of `aggregate.RegionSummary`, the interval of the mean Dice, the mean with failures.
-
-    A region at a time: the rows of a large cohort are never held twice.
-    """
+    """One entry a region: the fields of `aggregate.RegionSummary`, the interval of the mean Dice, the mean with failures."""
     found = []
     for region in pc.unique(labelled_rows(cohort, split, columns=["region"])["region"]).to_pylist():
-        part = with_names(cohort, labelled_rows(cohort, split, region))
+        part = with_names(cohort, labelled_rows(cohort, split, region, [*WHOSE, *OVERLAP]))
+        dice, patients = ruled_dice(part, rule), patient_codes(part["patient_id"].to_numpy())
         figures = aggregate(part, rule=rule)[region]
-        low, high = bootstrap_interval(ruled_dice(part, rule), part["patient_id"].to_numpy())
-        found.append(plain({**_fields(figures, num_failed), "dice_interval": [low, high]}))
+        for columns, fields in SUMMARISED_APART:
+            more = aggregate(with_names(cohort, labelled_rows(cohort, split, region, [*WHOSE, *columns])), rule=rule)[region]
+            figures = replace(figures, **{name: getattr(more, name) for name in fields})
+        entry = {**_fields(figures, num_failed), "dice_interval": list(bootstrap_interval(dice, patients))}
+        found.append(plain({**entry, "num_patients_scored": int(np.unique(patients[~np.isnan(dice)]).size)}))
     return found
+
+
+WHOSE = ("row", "region", "state")
+SUMMARISED_APART = (
+    (
+        (*SURFACE, "hd95_mm", "hd95_px", "volume_error_mm3", "volume_error_relative", "prediction_volume_mm3"),
+        (*SURFACE, "hd95_mm", "hd95_px", "volume_error_ml", "volume_error_relative"),
+    ),
+    ((*LESION, *LESION_COUNTS, *COUNTS, "prediction_volume_mm3"), (*LESION, "pooled_dice")),
+)
+"""Columns, and the fields of a summary that come from them: a third at a time, so that few are in memory."""
 
 
 def _fields(figures: RegionSummary, num_failed: int) -> dict[str, Any]:
@@ -234,8 +257,8 @@ def _scan_rows(cohort: Cohort) -> dict[str, Any]:
     """The scans that the page shows one by one, with the figures of each region."""
     shown, _ = carried(cohort)
     regions = defaultdict(list)
-    kept = cohort.regions.filter(pc.is_in(cohort.regions["row"], value_set=pa.array(shown, pa.int64())))
-    for entry in kept.select([*TABLE_FIGURES, "row"]).to_pylist():
+    kept = cohort.regions.where(pa.array(np.isin(cohort.regions["row"].to_numpy(), shown)), [*TABLE_FIGURES, "row"])
+    for entry in kept.to_pylist():
         regions[entry.pop("row")].append(plain(entry))
     columns = ["scan_id", "patient_id", "dataset", "split", "fold", "warnings"]
     rows = cohort.scans.select(columns).take(pa.array(shown, pa.int64())).to_pylist()
@@ -290,11 +313,18 @@ def _remarks(cohort: Cohort) -> list[dict[str, Any]]:
     return [{"code": code, "count": len(number[code]), "example": examples[code]} for code in ranked]
 
 
+TRUST_FIGURES = (
+    *("prediction_volume_mm3", "prediction_voxels", "lesions_prediction", "mean_probability", "mean_entropy"),
+    *("touches_border", "outside_head_fraction"),
+)
+
+
 def _trust(cohort: Cohort) -> list[dict[str, Any]]:
     """What can be said per region without any label, over all segmented scans."""
     rows = []
-    for region in pc.unique(cohort.regions["region"]).to_pylist():
-        part = of_region(cohort.regions, region)
+    whose = cohort.regions["region"]
+    for region in pc.unique(whose).to_pylist():
+        part = cohort.regions.where(pc.equal(whose, region), TRUST_FIGURES)
         volume = part["prediction_volume_mm3"]
         rows.append(
             {

@@ -50,7 +50,7 @@ def only(cohort: Cohort, text: str) -> Cohort:
     """
     condition = parse(text)
     whole = scalar_columns(cohort.scans)
-    measured = scalar_columns(cohort.regions)
+    measured = cohort.regions.column_names
     named = {name: name for name in attribute_names(cohort.scans) if name not in whole and name not in measured}
     known = [n for n in (*whole, *measured) if n not in INNER] + [f'"{n}"' if not n.isidentifier() else n for n in named]
     for name in condition.names:
@@ -60,11 +60,11 @@ def only(cohort: Cohort, text: str) -> Cohort:
     def of_scan(name: str) -> Any:
         return whole[name] if name in whole else attribute(cohort.scans, name)
 
-    if not condition.names & measured.keys():
+    if not condition.names & set(measured):
         keep = _flags(condition.mask(of_scan))
         return _kept(cohort, keep, keep[cohort.regions["row"].to_numpy()], condition.text)
     rows = cohort.regions["row"]
-    picked = _flags(condition.mask(lambda name: measured[name] if name in measured else of_scan(name).take(rows)))
+    picked = _flags(condition.mask(lambda name: cohort.regions[name] if name in measured else of_scan(name).take(rows)))
     keep = np.zeros(cohort.scans.num_rows, bool)
     keep[rows.to_numpy()[picked]] = True
     return _kept(cohort, keep, picked, condition.text)
@@ -77,9 +77,7 @@ def _flags(mask: Any) -> NDArray[np.bool_]:
 
 def _kept(cohort: Cohort, scans: NDArray[np.bool_], regions: NDArray[np.bool_], text: str) -> Cohort:
     """The chosen rows of both tables, with `row` counted anew, and of the baselines those of scans that stay."""
-    left = cohort.regions.filter(pa.array(regions))
-    moved = (np.cumsum(scans) - 1)[left["row"].to_numpy()]
-    left = left.set_column(left.schema.get_field_index("row"), "row", pa.array(moved, pa.int64()))
+    left = cohort.regions.filter(regions).renumbered(np.cumsum(scans) - 1)
     chosen = cohort.scans.filter(pa.array(scans))
     baselines = cohort.baselines.filter(pc.is_in(cohort.baselines["scan_id"], value_set=chosen["scan_id"].combine_chunks()))
     return replace(cohort, scans=chosen, regions=left, baselines=baselines, where=text)

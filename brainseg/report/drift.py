@@ -2,8 +2,8 @@
 
 Each figure is compared as a distribution: the two-sample Kolmogorov-Smirnov statistic (the largest gap between the two
 cumulative curves, 0 to 1) with its n, and words that weigh size before chance: in a large cohort everything is
-significant. p values are multiplied by the number of figures compared (Bonferroni). Intensities themselves are stored in no
-table; spacing, slices and the network's own doubt are what the tables hold of how scans look.
+significant. p values are multiplied by the number of figures compared (Bonferroni). Intensities are compared as stored, before
+normalisation: a scanner that is changed or set anew shows there first, even where the network does not mind.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
+from brainseg.report.brightness import brightness
 from brainseg.report.facts import Cohort
-from brainseg.report.rows import five_numbers, of_region, plain, volume_unit, volumes
+from brainseg.report.rows import five_numbers, plain, volume_unit, volumes
 
 Floats = NDArray[np.float64]
 FEWEST = 20
@@ -28,6 +29,7 @@ SIZES = ((0.1, "alike"), (0.2, "slightly different"), (0.4, "clearly different")
 """Words for the Kolmogorov-Smirnov statistic below each bound."""
 
 OF_REGIONS = ("mean_probability", "mean_entropy", "lesions_prediction", "outside_head_fraction")
+NEEDED = ("prediction_volume_mm3", "prediction_voxels", *OF_REGIONS)
 TITLES = {
     "prediction_volume": "predicted volume",
     "mean_probability": "mean probability in the mask",
@@ -38,12 +40,14 @@ TITLES = {
     "spacing_between_slices": "spacing between slices (mm)",
     "spacing_in_plane": "spacing in the plane (mm)",
     "modalities_missing": "modalities missing",
+    "intensity_mean": "mean intensity in the head, as stored",
+    "intensity_sd": "standard deviation of intensity, as stored",
 }
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One figure here and there; `region` is None where it is one of the scan."""
+    """One figure here and there; `region` (for intensities: the modality) is None where it is one of the scan."""
 
     figure: str
     region: str | None
@@ -54,12 +58,14 @@ class Pair:
 def drift(cohort: Cohort, reference: Cohort) -> dict[str, Any]:
     """What was compared with what, and one entry a figure, the largest difference first."""
     compared = pairs(cohort, reference)
+    known = {pair.figure for pair in compared}
     entries = [_compared(pair, len(compared)) for pair in compared]
     entries.sort(key=lambda e: (e["ks"] is None, -(e["ks"] or 0.0)))
     return {
         "reference": [run.uri for run in reference.runs],
         "scans": cohort.scans.num_rows,
         "reference_scans": reference.scans.num_rows,
+        "intensities": "intensity_mean" in known,
         "figures": list(plain(entries)),
     }
 
@@ -76,10 +82,11 @@ def pairs(cohort: Cohort, reference: Cohort) -> list[Pair]:
 def _figures(cohort: Cohort, unit: str | None = None) -> Mapping[tuple[str, str | None, str], Floats]:
     """(figure, region, unit) -> its known values."""
     found: dict[tuple[str, str | None, str], Floats] = {}
-    measured, divisor = volume_unit(cohort.regions)
+    rows = cohort.regions.select(["region", "prediction_volume_mm3"])
+    measured, divisor = volume_unit(rows)
     measured, divisor = (unit, 1.0) if unit else (measured, divisor)
     for region in pc.unique(cohort.regions["region"]).to_pylist():
-        part = of_region(cohort.regions, region)
+        part = cohort.regions.where(pc.equal(rows["region"], region), NEEDED)
         found["prediction_volume", region, measured] = volumes(part, "prediction", measured, divisor)
         for name in OF_REGIONS:
             found[name, region, ""] = part[name].cast(pa.float64()).to_numpy()
@@ -87,6 +94,8 @@ def _figures(cohort: Cohort, unit: str | None = None) -> Mapping[tuple[str, str 
     found["slices", None, ""] = _element(ok["shape"], 0)
     found["spacing_between_slices", None, ""] = _element(ok["spacing_mm"], 0)
     found["spacing_in_plane", None, ""] = _element(ok["spacing_mm"], 1)
+    for (kind, modality), values in brightness(cohort).items():
+        found[f"intensity_{kind}", modality, ""] = values
     found["modalities_missing", None, ""] = pc.list_value_length(ok["modalities_missing"]).cast(pa.float64()).to_numpy()
     return {key: values[~np.isnan(values)] for key, values in found.items()}
 

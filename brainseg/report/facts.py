@@ -1,13 +1,14 @@
-"""Facts: the fact tables of one or more runs, read without masks and pictures into two flat Arrow tables.
+"""Facts: the fact tables of one or more runs, read without masks and pictures: a row a scan, and the figures of its regions.
 
-Arrow rather than dicts, so that a million scans stay some hundred MB, and so that whoever wants a part of a cohort can
-filter the tables before anything is counted.
+Arrow rather than dicts, and figures a column at a time (`measured.py`), so that a million rows take hardly more memory than
+a few; whoever wants a part of a cohort can filter both before anything is counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,15 @@ import pyarrow.compute as pc
 
 from brainseg import storage, tables
 from brainseg.errors import StorageError, UsageError
+from brainseg.report.measured import FIGURES, Measured, Piece
 
 SCAN_COLUMNS = [
     "scan_id",
     "patient_id",
     "dataset",
-    "label_map",
     "fold",
     "attributes",
     "status",
-    "error_code",
-    "error_stage",
-    "error_message",
     "warnings",
     "modalities_missing",
     "modalities_duplicated",
@@ -40,8 +38,14 @@ SCAN_COLUMNS = [
     "spacing_mm",
     "node",
 ]
-FILES_AT_ONCE = 8
+OF_FAILED = ["error_code", "error_stage", "error_message"]
+"""Read only where a scan has failed, as `sources` are: each column of each of ten thousand parts costs."""
+
+FILES_AT_ONCE = 4
 """Parts read side by side: a store answers slowly, and Arrow does not hold Python's lock."""
+
+PARTS_TOGETHER = 256
+"""Parts whose rows are joined before others are read: ten thousand small tables weigh more than what is in them."""
 
 SPLITS = ("test", "outside", "validation", "train")
 """Where the model's recorded split puts a scan's patient, the most telling first; `outside` is nowhere."""
@@ -85,14 +89,15 @@ class Run:
 class Cohort:
     """All scans of some runs.
 
-    `scans`: `SCAN_COLUMNS` and `run`, `part` (positions in `runs` and its parts), `split`, `labelled`, `evaluated`.
-    `regions`: the columns of `tables.REGION` and `row`, the position in `scans`.
+    `scans`: `SCAN_COLUMNS`, `OF_FAILED`, `run` and `part` (positions in `runs` and in its parts), `split`, `labelled`,
+    `evaluated`; in order of `scan_id` within a run.
+    `regions`: the columns of `tables.REGION` and `row`, the position in `scans`; read when looked at.
     `baselines`: rows of `baselines.parquet` with `side`, one of `SPLITS`; none where no run was evaluated anew.
     """
 
     runs: tuple[Run, ...]
     scans: pa.Table
-    regions: pa.Table
+    regions: Measured
     doubled: int
     baselines: pa.Table
     where: str | None = None
@@ -105,7 +110,7 @@ def load(run_uris: Sequence[str]) -> Cohort:
         raise UsageError("a report needs at least one run folder")
     runs: list[Run] = []
     scans: list[pa.Table] = []
-    regions: list[pa.Table] = []
+    regions: list[Piece] = []
     baselines: list[pa.Table] = []
     doubled = first_row = 0
     for number, uri in enumerate(run_uris):
@@ -116,11 +121,13 @@ def load(run_uris: Sequence[str]) -> Cohort:
         flat = latest.select([n for n in latest.column_names if n != "regions"])
         flat = flat.append_column("evaluated", _scored(measured, latest.num_rows))
         scans.append(_placed(flat, run, number))
-        regions.append(_moved(measured, first_row))
+        regions.append(measured.moved(first_row))
         baselines.append(_baselines(run))
         runs.append(run)
         first_row += latest.num_rows
-    return Cohort(tuple(runs), pa.concat_tables(scans), pa.concat_tables(regions), doubled, pa.concat_tables(baselines))
+    return Cohort(
+        tuple(runs), pa.concat_tables(scans).combine_chunks(), Measured(tuple(regions)), doubled, pa.concat_tables(baselines)
+    )
 
 
 def _read_run(uri: str) -> tuple[Run, pa.Table]:
@@ -132,34 +139,53 @@ def _read_run(uri: str) -> tuple[Run, pa.Table]:
     finished = storage.exists(storage.join(uri, "_SUCCESS.json")) and storage.exists(metrics)
     columns = SCAN_COLUMNS if finished or evaluation else [*SCAN_COLUMNS, "regions"]
     listed = [entry.uri for entry in storage.list_files(storage.join(uri, "scans")) if entry.uri.endswith(".parquet")]
+    parts: list[str] = []
+    torn: list[str] = []
+    joined = [_no_rows(columns)]
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        read = list(pool.map(partial(_read_part, columns=columns), listed))
-    parts = [part for part, table in zip(listed, read, strict=True) if table is not None]
-    torn = [part for part, table in zip(listed, read, strict=True) if table is None]
-    pieces = [_numbered(table, part) for part, table in enumerate(table for table in read if table is not None)]
+        for some in _batches(listed, PARTS_TOGETHER):
+            read = dict(zip(some, pool.map(partial(_read_part, columns=columns), some), strict=True))
+            torn += [part for part, table in read.items() if table is None]
+            whole = {part: table for part, table in read.items() if table is not None}
+            joined += [_joined(list(whole.values()), len(parts))] if whole else []
+            parts += whole
     run = Run(uri, storage.read_json(info_uri), tuple(parts), tuple(torn), evaluation, finished)
-    return run, pa.concat_tables(pieces or [_no_rows(columns)])
+    return run, pa.concat_tables(joined).combine_chunks()
+
+
+def _batches(names: Iterable[str], size: int) -> Iterator[list[str]]:
+    rest = iter(names)
+    while some := list(islice(rest, size)):
+        yield some
 
 
 def _read_part(uri: str, columns: list[str]) -> pa.Table | None:
-    """One part's rows and `label_listed`, which is read only where a scan has failed; None where it cannot be read."""
+    """One part's rows with `OF_FAILED` and `label_listed`, which stay null and false where no scan failed; None if torn."""
     try:
         table = storage.read_table(uri, columns).select(columns)
-        listed = pa.array(np.zeros(table.num_rows, bool))
         if pc.any(pc.equal(table["status"], "failed")).as_py():
-            listed = _lists_a_label(storage.read_table(uri, ["sources"])["sources"])
+            more = storage.read_table(uri, [*OF_FAILED, "sources"])
+            for name in OF_FAILED:
+                table = table.append_column(name, more[name])
+            table = table.append_column("label_listed", _lists_a_label(more["sources"]))
     except StorageError:
         return None
-    return table.replace_schema_metadata(None).append_column("label_listed", listed)
+    return table.replace_schema_metadata(None)
 
 
-def _numbered(table: pa.Table, part: int) -> pa.Table:
-    return table.append_column("part", pa.array(np.full(table.num_rows, part, np.int32)))
+def _joined(tables_: Sequence[pa.Table], first: int) -> pa.Table:
+    """The rows of some parts with `part`, the number of each, counted from `first`; null is what a part did not read."""
+    numbers = np.repeat(np.arange(first, first + len(tables_), dtype=np.int32), [table.num_rows for table in tables_])
+    found = pa.concat_tables([_ALWAYS.empty_table(), *tables_], promote_options="default").combine_chunks()
+    return found.append_column("part", pa.array(numbers))
+
+
+_ALWAYS = pa.schema([*((name, pa.string()) for name in OF_FAILED), ("label_listed", pa.bool_())])
 
 
 def _no_rows(columns: Sequence[str]) -> pa.Table:
     fields = [tables.SCANS.field(name) for name in columns]
-    return pa.schema([*fields, ("label_listed", pa.bool_()), ("part", pa.int32())]).empty_table()
+    return pa.schema([*_ALWAYS, *fields, ("part", pa.int32())]).empty_table()
 
 
 def _lists_a_label(sources: pa.ChunkedArray) -> pa.Array:
@@ -174,59 +200,42 @@ def _lists_a_label(sources: pa.ChunkedArray) -> pa.Array:
 
 
 def _latest(table: pa.Table) -> pa.Table:
-    """Keep one row a scan, the last one written: a killed driver may have left two."""
-    if pc.count_distinct(table["scan_id"]).as_py() == table.num_rows:
-        return table
-    order = pc.sort_indices(table, [("attempt", "ascending"), ("finished_at", "ascending")]).to_pylist()
-    ids = table["scan_id"].to_pylist()
-    keep = {ids[row]: row for row in order}
-    return table.take(sorted(keep.values()))
+    """The rows in order of `scan_id`, whatever parts they came in; one a scan, the last written: a kill may leave two."""
+    keys = [("scan_id", "ascending"), ("attempt", "ascending"), ("finished_at", "ascending")]
+    order = pc.sort_indices(table.select([name for name, _ in keys]), keys)
+    ids = table["scan_id"].take(order).combine_chunks()
+    last = np.ones(len(ids), bool)
+    last[:-1] = pc.not_equal(ids[:-1], ids[1:]).to_numpy(zero_copy_only=False)
+    return table.take(order.filter(pa.array(last)))
 
 
-def _nested(table: pa.Table) -> pa.Table:
-    """The column `regions` as a table of its own, scan x region, with `row`, the scan's position in the given one."""
+def _nested(table: pa.Table) -> Piece:
+    """The column `regions` taken apart, scan x region; it is in memory already."""
     nested = table["regions"].combine_chunks()
     parents = pc.list_parent_indices(nested).to_numpy(zero_copy_only=False).astype(np.int64)
     flat = nested.flatten()
-    columns = {field.name: flat.field(field.name) for field in tables.REGION}
-    return pa.table({**columns, "row": pa.array(parents)})
+    found = pa.table({name: flat.field(name) for name in FIGURES})
+    return Piece(found.select, parents, parents.size)
 
 
-def _flat(run: Run, table: pa.Table) -> pa.Table:
-    """The same from `metrics.parquet`, in the order of the scans."""
-    names = [field.name for field in tables.REGION]
-    found = storage.read_table(storage.join(run.uri, "metrics.parquet"), ["scan_id", *names]).replace_schema_metadata(None)
-    rows = pc.index_in(found["scan_id"], value_set=table["scan_id"].combine_chunks()).cast(pa.int64())
-    found = found.select(names).append_column("row", rows)
-    found = pa.table(found.columns, names=[*names, "row"])
-    found = found if rows.null_count == 0 else found.filter(pc.is_valid(found["row"]))
-    return _in_model_order(found, list(run.model.get("regions") or ()))
+def _flat(run: Run, table: pa.Table) -> Piece:
+    """The figures in `metrics.parquet`, in the order of the scans, and each scan's regions as the model names them."""
+    place = storage.join(run.uri, "metrics.parquet")
+    keys = storage.read_table(place, ["scan_id", "region"])
+    rows = pc.index_in(keys["scan_id"], value_set=table["scan_id"].combine_chunks())
+    regions = [name for name in run.model.get("regions") or () if name]
+    ranks = pc.fill_null(pc.index_in(keys["region"], value_set=pa.array(regions, pa.string())), len(regions))
+    order = np.lexsort((ranks.to_numpy(), pc.fill_null(rows, len(table)).to_numpy()))[: len(rows) - rows.null_count]
+    in_order = len(order) == len(rows) and bool(np.all(order[1:] > order[:-1]))
+    whose = pc.drop_null(rows).to_numpy() if in_order else rows.take(pa.array(order)).to_numpy()
+    return Piece(partial(storage.read_table, place), whose.astype(np.int64), len(keys), None if in_order else order)
 
 
-def _in_model_order(found: pa.Table, regions: list[str]) -> pa.Table:
-    """Each scan's regions as the model names them, from the widest on; the flat table has them by the alphabet."""
-    if pc.unique(found["region"]).to_pylist() == [name for name in regions if name]:
-        return found
-    ranks = pc.fill_null(pc.index_in(found["region"], value_set=pa.array(regions, pa.string())), len(regions))
-    order = pc.sort_indices(pa.table({"row": found["row"], "rank": ranks}), [("row", "ascending"), ("rank", "ascending")])
-    columns = {}
-    for name in found.column_names:  # one column at a time: the table of a large cohort must not stand twice
-        columns[name] = found[name].take(order)
-        found = found.drop_columns([name])
-    return pa.table(columns)
-
-
-def _scored(measured: pa.Table, num_scans: int) -> pa.Array:
+def _scored(measured: Piece, num_scans: int) -> pa.Array:
     """For each scan whether any of its regions was measured against a label."""
     scored = np.zeros(num_scans, bool)
-    scored[measured["row"].to_numpy()[pc.not_equal(measured["state"], "no_label").to_numpy()]] = True
+    scored[measured.rows[pc.not_equal(measured.columns(["state"])["state"], "no_label").to_numpy()]] = True
     return pa.array(scored)
-
-
-def _moved(measured: pa.Table, first_row: int) -> pa.Table:
-    """Rows counted over all runs."""
-    place = measured.schema.get_field_index("row")
-    return measured.set_column(place, "row", pa.array(measured["row"].to_numpy() + first_row))
 
 
 def _baselines(run: Run) -> pa.Table:
@@ -241,6 +250,6 @@ def _placed(table: pa.Table, run: Run, number: int) -> pa.Table:
     """Add which run a scan is of, where the model's split has its patient, and whether it has a label."""
     column, places = run.places()
     split = pa.array([places.get(who, "outside") for who in table[column].to_pylist()], pa.string())
-    labelled = pc.or_(table["evaluated"], table["label_listed"])
+    labelled = pc.or_(table["evaluated"], pc.fill_null(table["label_listed"], False))
     table = table.drop_columns(["label_listed"]).append_column("labelled", labelled)
     return table.append_column("split", split).append_column("run", pa.array(np.full(table.num_rows, number, np.int32)))

@@ -75,13 +75,16 @@ class Picture:
 
     def panels(self, picture: str, scan_id: str) -> list[tuple[str, Markup]]:
         """Captions and drawings side by side: the slice, the slice under the label's border, the slice under both."""
-        where = f"slice {self.slice_index} of {scan_id}"
-        drawn = [(self.modality, figures.slice_picture(picture, self.size, self.image, where))]
+        where = f"slice {self.slice_index + 1} of {scan_id}"
+        drawn = [
+            (f"{self.modality}, slice {self.slice_index + 1}", figures.slice_picture(picture, self.size, self.image, where))
+        ]
         if self.label is not None:
             drawn.append(("label", figures.panel(picture, self.size, self.label, (), f"label, {where}")))
+        both = "prediction" if self.label is None else "label and prediction"
         return [
             *drawn,
-            ("prediction", figures.panel(picture, self.size, self.label or (), self.prediction, f"prediction, {where}")),
+            (both, figures.panel(picture, self.size, self.label or (), self.prediction, f"{both}, {where}")),
         ]
 
 
@@ -170,19 +173,18 @@ def _nearest(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_
 
 def _thumbnails(cohort: Cohort, rows: Sequence[int], regions: Sequence[str]) -> Iterator[tuple[int, Thumbnail]]:
     """Row and thumbnail, in the order of `rows`; those that are missing or cannot be read are left out."""
-    chosen = cohort.scans.select(["run", "part", "scan_id", "label_map"]).take(pa.array(rows, pa.int64())).to_pylist()
-    by_part: dict[tuple[int, int], dict[str, tuple[int, str]]] = defaultdict(dict)
+    chosen = cohort.scans.select(["run", "part", "scan_id"]).take(pa.array(rows, pa.int64())).to_pylist()
+    by_part: dict[tuple[int, int], dict[str, int]] = defaultdict(dict)
     for row, scan in zip(rows, chosen, strict=True):
-        by_part[scan["run"], scan["part"]][scan["scan_id"]] = (row, scan["label_map"])
+        by_part[scan["run"], scan["part"]][scan["scan_id"]] = row
 
-    def read(item: tuple[tuple[int, int], Mapping[str, tuple[int, str]]]) -> dict[int, Thumbnail]:
+    def read(item: tuple[tuple[int, int], Mapping[str, int]]) -> dict[int, Thumbnail]:
         (run, part), scans = item
         written_in = cohort.runs[run].model.get("label_map")
         found = {}
-        for scan_id, stored in _stored(cohort.runs[run].parts[part], list(scans)).items():
-            row, own = scans[scan_id]
+        for scan_id, own, stored in _stored(cohort.runs[run].parts[part], list(scans)):
             if thumbnail := _decoded(stored, (own, written_in or own), regions):
-                found[row] = thumbnail
+                found[scans[scan_id]] = thumbnail
         return found
 
     with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
@@ -190,13 +192,14 @@ def _thumbnails(cohort: Cohort, rows: Sequence[int], regions: Sequence[str]) -> 
     return ((row, found[row]) for row in rows if row in found)
 
 
-def _stored(part: str, scan_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _stored(part: str, scan_ids: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """scan_id, label map and thumbnail of those scans of a part that have one; none where it cannot be read."""
     try:
-        table = storage.read_table(part, ["scan_id", "thumbnail"])
+        table = storage.read_table(part, ["scan_id", "label_map", "thumbnail"])
     except StorageError:
-        return {}
+        return []
     table = table.filter(pc.and_(pc.is_in(table["scan_id"], value_set=pa.array(scan_ids)), pc.is_valid(table["thumbnail"])))
-    return dict(zip(table["scan_id"].to_pylist(), table["thumbnail"].to_pylist(), strict=True))
+    return list(zip(*(table[name].to_pylist() for name in ("scan_id", "label_map", "thumbnail")), strict=True))
 
 
 def _decoded(stored: Mapping[str, Any], maps: tuple[str, str], regions: Sequence[str]) -> Thumbnail | None:

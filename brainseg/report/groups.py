@@ -4,7 +4,7 @@ A column is shown where its scans have from 2 to 12 values: `dataset`, `fold`, `
 attributes the manifest brought. With so many comparisons some differ by chance; the intervals say how much that may be.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,16 @@ from brainseg.report.facts import Cohort
 from brainseg.report.rows import five_numbers, plain
 
 FEWEST_VALUES, MOST_VALUES, MOST_COLUMNS = 2, 12, 24
+FEWEST_PATIENTS = 5
+"""A bootstrap of two or three patients is their range and no interval."""
+
 DRAWS = 2_000
 """Bootstrap draws of an interval here, where there are dozens; the headline's have 10,000."""
 
-NEEDED = (
-    *("dice", "hd95_mm", "hd95_px", "volume_error_relative"),
-    *("prediction_volume_mm3", "prediction_voxels", "mean_probability", "mean_entropy"),
-)
+SCORED = ("dice", "hd95_mm", "hd95_px", "volume_error_relative")
+UNSCORED = ("prediction_volume_mm3", "prediction_voxels", "mean_probability", "mean_entropy")
+"""Figures that tell groups apart, with labels and without."""
+
 FIRST = ("site", "scanner", "tumour_type", "tumor_type", "fold", "dataset", "run")
 """Columns that a reader looks for come first."""
 
@@ -61,7 +64,7 @@ def _candidates(cohort: Cohort) -> dict[str, pa.Array]:
 
 def subgroups(cohort: Cohort, split: str | None, rule: Rule) -> list[dict[str, Any]]:
     """One entry a column: its values in order, each with its scans, patients, failures and the figures of every region."""
-    chosen, rows = _chosen(cohort, split), _Rows.of(cohort)
+    chosen, rows = _chosen(cohort, split), _Rows.of(cohort, UNSCORED if split is None else SCORED)
     failed = pc.equal(cohort.scans["status"], "failed").to_numpy()
     patients = patient_codes(cohort.scans["patient_id"].combine_chunks())
     named = pc.is_valid(cohort.scans["patient_id"]).to_numpy()
@@ -102,8 +105,8 @@ class _Rows:
     figure: Mapping[str, NDArray[np.float64]]
 
     @classmethod
-    def of(cls, cohort: Cohort) -> "_Rows":
-        table = cohort.regions
+    def of(cls, cohort: Cohort, needed: Sequence[str]) -> "_Rows":
+        table = cohort.regions.select(["region", "state", "row", *needed])
         codes = {name: table[name].combine_chunks().dictionary_encode() for name in ("region", "state")}
         states = np.array([*codes["state"].dictionary.to_pylist(), ""], dtype=object)
         scan = table["row"].to_numpy()
@@ -113,7 +116,7 @@ class _Rows:
             states[codes["state"].indices.to_numpy()],
             scan,
             patient_codes(cohort.scans["patient_id"].combine_chunks())[scan],
-            {name: float_column(table, name) for name in NEEDED},
+            {name: float_column(table, name) for name in needed},
         )
 
     def figures(self, inside: NDArray[np.bool_], rule: Rule, *, labelled: bool) -> list[dict[str, Any]]:
@@ -143,15 +146,21 @@ def _scored(
     return {
         "scored": spread["n"],
         "dice": {"mean": mean, "median": spread["median"], "q1": spread["q1"], "q3": spread["q3"]},
-        "dice_interval": list(bootstrap_interval(dice, patients, draws=DRAWS)),
+        "dice_interval": _interval(dice, patients),
         "hd95_median": five_numbers(distance)["median"],
         "volume_error_relative": five_numbers(part["volume_error_relative"])["median"],
         **{state: int(np.count_nonzero(states == state)) for state in ("missed", "spurious", "both_empty")},
     }
 
 
+def _interval(dice: NDArray[np.float64], patients: NDArray[np.int64]) -> list[float]:
+    """The interval of a mean; NaN where too few patients are behind it for one to mean anything."""
+    enough = np.unique(patients[~np.isnan(dice)]).size >= FEWEST_PATIENTS
+    return list(bootstrap_interval(dice, patients, draws=DRAWS)) if enough else [float("nan"), float("nan")]
+
+
 def _unscored(part: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
     """What can be said of a group without labels."""
-    names = ("prediction_volume_mm3", "prediction_voxels", "mean_probability", "mean_entropy")
-    medians = {f"median_{name}": five_numbers(part[name])["median"] for name in names}
-    return {"scans": len(part["dice"]), **medians, "found_nothing": int(np.count_nonzero(part["prediction_voxels"] == 0))}
+    medians = {f"median_{name}": five_numbers(part[name])["median"] for name in UNSCORED}
+    voxels = part["prediction_voxels"]
+    return {"scans": voxels.size, **medians, "found_nothing": int(np.count_nonzero(voxels == 0))}

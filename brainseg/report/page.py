@@ -18,6 +18,7 @@ from brainseg.report.agreement import surprise
 from brainseg.report.cohort import carried_pictures, plain
 from brainseg.report.facts import Cohort
 from brainseg.report.gallery import Picture, choose, pictures
+from brainseg.report.groups import FEWEST_PATIENTS
 
 FOLDER = Path(__file__).parent
 TITLES = {
@@ -38,6 +39,8 @@ RULES = {
     "brats": "mean over scans; scans where label and prediction are both empty count 1, an infinite HD95 counts 373.13 mm",
 }
 NONE = "–"
+ON_SHELF = ("region", "state", "dice", "mean_probability", "label_volume_mm3", "prediction_volume_mm3")
+"""Figures that stand under a picture."""
 
 
 def render(cohort: Cohort, summary: Mapping[str, Any], other: Cohort | None = None, reference: Cohort | None = None) -> str:
@@ -63,6 +66,7 @@ def render(cohort: Cohort, summary: Mapping[str, Any], other: Cohort | None = No
         regions=regions,
         shelves=shelves,
         table=table,
+        fewest_patients=FEWEST_PATIENTS,
         bar=figures.bar,
         signed=signed,
     )
@@ -99,7 +103,7 @@ def _pictures(
 
 def _on_shelf(cohort: Cohort, row: int, picture: Picture, odd: float) -> dict[str, Any]:
     scan_id = cohort.scans["scan_id"][row].as_py()
-    entries = cohort.regions.filter(pc.equal(cohort.regions["row"], row)).to_pylist()
+    entries = cohort.regions.where(pc.equal(cohort.regions["row"], row), ON_SHELF).to_pylist()
     panels = picture.panels(f"slice-{row}", scan_id)
     return {"scan_id": scan_id, "regions": plain(entries), "panels": panels, "surprise": plain(odd)}
 
@@ -109,6 +113,7 @@ def template(name: str) -> Template:
     loader = FileSystemLoader(FOLDER)
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters |= {"number": number, "whole": whole, "duration": duration, "moment": moment, "small": small}
+    made.filters |= {"figure": figure, "without": without}
     return made.get_template(name)
 
 
@@ -152,15 +157,27 @@ def number(value: float | str | None, digits: int = 3) -> Markup:
     """A figure of the summary as HTML: what is read, and the unrounded value beside it."""
     if value is None:
         return Markup(f'<span class="none">{NONE}</span>')
-    words = "∞" if value == "inf" else f"{value:,.{digits}f}"
+    words = "∞" if value == "inf" else _minus(f"{value:z,.{digits}f}")
     return Markup('<data value="{}">{}</data>').format(value, words)
+
+
+def figure(value: float | str | None) -> Markup:
+    """A figure of any size in three digits."""
+    if value is None or isinstance(value, str):
+        return number(value)
+    return Markup('<data value="{}">{}</data>').format(value, _minus(f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"))
+
+
+def _minus(words: str) -> str:
+    return words.replace("-", "−")
 
 
 def signed(value: float | str | None, digits: int = 3) -> Markup:
     """A difference, with its sign."""
     if value is None or isinstance(value, str):
         return number(value, digits)
-    return Markup('<data value="{}">{}</data>').format(value, f"{value:+,.{digits}f}".replace("-", "−"))
+    words = f"{value:+z,.{digits}f}"
+    return Markup('<data value="{}">{}</data>').format(value, _minus(words) if words.strip("+0.,") else words[1:])
 
 
 def small(value: float | None) -> Markup:
@@ -168,6 +185,11 @@ def small(value: float | None) -> Markup:
     if value is None:
         return number(value)
     return Markup('<data value="{}">{}</data>').format(value, "< 0.0001" if value < 1e-4 else f"{value:.3g}")
+
+
+def without(message: str | None, scan_id: str) -> str:
+    """A quarantine line without the scan's name at its start, where that stands beside it already."""
+    return (message or "").removeprefix(f"{scan_id}: ")
 
 
 def whole(value: int | None) -> str:

@@ -3,7 +3,8 @@
 A large cohort is drawn as its quartiles and its density, which are over all scans, under a fair sample of points.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,34 +88,55 @@ def labelled_plots(cohort: Cohort, summary: Mapping[str, Any], sample: Sample) -
     rows = labelled_rows(cohort, summary["headline"], columns=DRAWN)
     agreement = {entry["region"]: entry for entry in summary["volume_agreement"]}
     strips = [_strip(of_region(rows, region), region, sample) for region in agreement]
+    drawn = charts.strips(strips, charts.share_axis("Dice"), "Dice of every scan by region")
     found = [
-        Plot("dice", "Dice of every scan", charts.strips(strips, charts.share_axis("Dice"), "Dice of every scan by region"))
+        Plot("dice", "Dice of every scan", drawn),
+        Plot("hd95", "HD95 of every scan", _hd95_strips(rows, agreement, sample)),
     ]
     for number, (region, entry) in enumerate(agreement.items()):
         part = of_region(rows, region)
         found += [
             Plot(f"volume-{number}", "Dice against the label's volume", _dice_by_volume(part, sample), region),
-            Plot(f"bland-{number}", "Predicted minus label volume (Bland–Altman)", _bland_altman(part, entry, sample), region),
+            Plot(f"bland-{number}", "Bland–Altman of the volumes", _bland_altman(part, entry, sample), region),
             Plot(f"hd95-{number}", "HD95 against the label's volume", _hd95_by_volume(part, sample), region),
-            Plot(f"trust-{number}", "Dice against what the network believed", _dice_by_trust(part, sample), region),
+            Plot(f"trust-{number}", "Dice against the network's own trust", _dice_by_trust(part, sample), region),
         ]
     return found
 
 
-def _strip(part: pa.Table, name: str, sample: Sample, values: Any = None, *, dots: bool = True, top: float = 1.0) -> Strip:
-    """A group of rows by a figure, Dice if none is given."""
+def _hd95_strips(rows: pa.Table, regions: Iterable[str], sample: Sample) -> Chart:
+    """HD95 by region; of a missed or spurious tumour it is infinite and stands at the end."""
+    unit = distance_unit(rows)
+    axis = charts.log_axis(rows[f"hd95_{unit}"].to_numpy(), f"HD95 ({unit})", infinite=True)
+    found = []
+    for region in regions:
+        part = of_region(rows, region)
+        strip = _strip(part, region, sample, part[f"hd95_{unit}"].to_numpy(), density=False)
+        found.append(strip)
+    return charts.strips(found, axis, "HD95 of every scan by region; missed and spurious tumours are infinite")
+
+
+def _strip(part: pa.Table, name: str, sample: Sample, values: Any = None, *, dots: bool = True, density: bool = True) -> Strip:
+    """A group of rows by a figure, Dice if none is given; with its density, if there are many, for a figure from 0 to 1."""
     values = part["dice"].to_numpy() if values is None else values
     spread, number = five_numbers(values), int(np.count_nonzero(~np.isnan(values)))
     chosen = _dots(part, values, np.zeros(len(values)), sample) if dots else _dots(part.slice(0, 0), [], [], sample)
-    density: tuple[int, ...] = ()
-    if number > DENSE or (not dots and number):
-        density = tuple(int(n) for n in np.histogram(values[~np.isnan(values)], BINS, (0, top))[0])
+    heights: tuple[int, ...] = ()
+    if density and number and (number > DENSE or not dots):
+        heights = tuple(int(n) for n in np.histogram(values[~np.isnan(values)], BINS, (0, 1.0))[0])
     if number:
         drawn = "" if sample.of_all or not dots else f", {len(chosen.x):,} drawn"
-        note = f"n {number:,}{drawn} · median {spread['median']:.3f}"
+        note = f"n {number:,}{drawn} · median {_short(spread['median'])}"
     else:
         note = "none"
-    return Strip(name, note, spread, chosen, density)
+    return Strip(name, note, spread, chosen, heights)
+
+
+def _short(value: Any) -> str:
+    """A figure in three digits: 0.700, 0.0059, 22.8, 3,141."""
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.3f}" if 0.1 <= abs(value) < 1 or not value else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _dice_by_volume(part: pa.Table, sample: Sample) -> Chart:
@@ -137,15 +159,19 @@ def _bland_altman(part: pa.Table, entry: Mapping[str, Any], sample: Sample) -> C
     ends = [*limits, *(known.min(initial=0.0), known.max(initial=0.0))]
     axes = (
         charts.fitting_axis(middle, f"mean of the two ({unit})"),
-        charts.even_axis(min(ends), max(ends), f"difference ({unit})"),
+        charts.even_axis(min(ends), max(ends), f"predicted − label volume ({unit})"),
     )
     guides = [Guide(0.0, "", "axis")]
     if entry["bias"] is not None:
-        guides.append(Guide(entry["bias"], f"bias {entry['bias']:+.2f}".replace("-", "−"), "bias"))
-        guides += [Guide(limit, f"{limit:+.1f}".replace("-", "−")) for limit in limits]
+        guides.append(Guide(entry["bias"], f"bias {_signed(entry['bias'], 2)}", "bias"))
+        guides += [Guide(limit, _signed(limit, 1)) for limit in limits]
     dots = _dots(part, middle, difference, sample)
     note = sample.note(len(dots.x), known.size)
     return charts.scatter(dots, axes, f"Volume difference of {known.size} scans over their mean volume", guides, note)
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+,.{digits}f}".replace("-", "−")
 
 
 def _hd95_by_volume(part: pa.Table, sample: Sample) -> Chart:
@@ -182,7 +208,7 @@ def trust_plots(cohort: Cohort, sample: Sample) -> list[Plot]:
     unit, divisor = volume_unit(rows)
     found = []
     for key, title, log in (
-        ("prediction_volume", f"predicted volume ({unit})", True),
+        ("prediction_volume", f"predicted volume ({unit}), where something was found", True),
         ("mean_probability", "mean probability in the mask", False),
         ("mean_entropy", "mean entropy over the head (bits)", False),
     ):
@@ -193,10 +219,14 @@ def trust_plots(cohort: Cohort, sample: Sample) -> list[Plot]:
         for region in regions:
             part = of_region(rows, region)
             one = volumes(part, "prediction", unit, divisor) if log else part[key].to_numpy()
-            strip = _strip(part, region, sample, np.where(one > 0, one, np.nan) if log else one)
-            strips.append(Strip(strip.name, strip.note, strip.spread, strip.dots))
-        found.append(Plot(f"all-{key}", title.capitalize(), charts.strips(strips, axis, f"{title} of every scan by region")))
+            strips.append(_strip(part, region, sample, np.where(one > 0, one, np.nan) if log else one, density=False))
+        drawn = charts.strips(strips, axis, f"{title} of every scan by region")
+        found.append(Plot(f"all-{key}", _first_large(title.partition(" (")[0]), drawn))
     return found
+
+
+def _first_large(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _ends(known: Floats) -> tuple[float, float]:
@@ -219,12 +249,10 @@ def group_plots(cohort: Cohort, split: str | None, regions: Sequence[str], sampl
             part = of_region(rows, region)
             inside = whose[part["row"].to_numpy()]
             strips = [
-                _strip(chosen, str(value), sample, chosen[name].to_numpy(), dots=dots)
+                _strip(chosen, str(value), sample, chosen[name].to_numpy(), dots=dots, density=split is not None)
                 for value in _in_order({v for v in inside if v is not None})
                 if (chosen := part.filter(pa.array(inside == value))).num_rows
             ]
-            if split is None:
-                strips = [Strip(s.name, s.note, s.spread, s.dots) for s in strips]
             drawn = charts.strips(strips, axis, f"{axis.title} of {region} by {column}")
             found.setdefault(column, []).append(Plot(f"group-{number}-{place}", f"{region}, by {column}", drawn, region))
     return found
@@ -235,14 +263,14 @@ def _in_order(values: set[Any]) -> list[Any]:
 
 
 def drift_plots(cohort: Cohort, reference: Cohort, summary: Mapping[str, Any]) -> list[Plot]:
-    """Cumulative curves of the figures that moved most."""
+    """Cumulative curves of the figures that moved most; none of those that did not move."""
     pairs = {(p.figure, p.region): p for p in drift.pairs(cohort, reference)}
     found = []
-    for number, entry in enumerate([e for e in summary["drift"]["figures"] if e["ks"] is not None][:MOST_CURVES]):
+    moved = [e for e in summary["drift"]["figures"] if e["ks"] is not None and e["ks"] >= drift.SIZES[0][0]]
+    for number, entry in enumerate(moved[:MOST_CURVES]):
         pair = pairs[entry["figure"], entry["region"]]
         axis = charts.fitting_axis(np.concatenate([pair.here, pair.there]), entry["title"])
-        whose = f"{entry['region']}: " if entry["region"] else ""
-        title = f"{whose}{entry['title']}"
+        title = f"{entry['region']}: {entry['title']}" if entry["region"] else _first_large(entry["title"])
         says = f"{title}: cumulative share of scans here and in the reference"
         found.append(Plot(f"drift-{number}", title, charts.curves(pair.here, pair.there, axis, says)))
     return found
@@ -274,4 +302,9 @@ def pace_plot(summary: Mapping[str, Any]) -> Plot | None:
     unit, whole = ("hours", minutes / 60) if minutes > 120 else ("minutes", minutes)
     even = charts.even_axis(0.0, whole, f"{unit} since the first scan")
     axis = Axis([*(t for t in even.ticks if t < 0.93 * whole), float(f"{whole:.3g}")], even.title)
-    return Plot("pace", "Scans finished", charts.columns(spans["scans"], axis, "scans", "Scans finished along the clock"))
+    each = f"scans in {_lasting(spans['seconds_each'])}"
+    return Plot("pace", "Scans finished", charts.columns(spans["scans"], axis, each, "Scans finished along the clock"))
+
+
+def _lasting(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 90 else f"{seconds / 60:.2g} min" if seconds < 5400 else f"{seconds / 3600:.2g} h"

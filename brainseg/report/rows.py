@@ -16,12 +16,12 @@ Floats = NDArray[np.float64]
 
 
 def labelled_rows(cohort: Cohort, split: str, region: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-    """Scan x region rows of one split's scans that have a label, of one region or all; whole or some of their columns."""
+    """Scan x region rows of one split's scans that have a label, of one region or all; all of their columns or some."""
     known = pc.not_equal(cohort.regions["state"], "no_label")
     known = pc.and_(known, pc.take(pc.equal(cohort.scans["split"], split), cohort.regions["row"]))
     if region is not None:
         known = pc.and_(known, pc.equal(cohort.regions["region"], region))
-    return (cohort.regions if columns is None else cohort.regions.select(list(columns))).filter(known)
+    return cohort.regions.where(known, cohort.regions.column_names if columns is None else columns)
 
 
 def with_names(cohort: Cohort, regions: pa.Table) -> pa.Table:

@@ -82,8 +82,9 @@ def _counts(s: Mapping[str, Any]) -> str:
 def _split(group: Mapping[str, Any]) -> str:
     rows = [
         [
-            *(r["region"], r["num_scored"], r["num_patients"], r["dice"]["mean"], *r["dice_interval"], r["dice"]["median"]),
-            *(r["dice_mean_failed_as_zero"], *(r["states"][k] for k in ("missed", "spurious", "both_empty"))),
+            *(r["region"], r["num_scored"], r["num_patients_scored"], r["dice"]["mean"], *r["dice_interval"]),
+            *(r["dice"]["median"], r["dice_mean_failed_as_zero"]),
+            *(r["states"][k] for k in ("missed", "spurious", "both_empty")),
             (r["hd95_mm"] if r["hd95_mm"]["num"] else r["hd95_px"])["median"],
         ]
         for r in group["regions"]

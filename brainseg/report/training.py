@@ -117,9 +117,15 @@ def _measured(table: pa.Table) -> dict[str, dict[str, Any]]:
             "recall": s.recall.mean,
             "states": dict(s.states),
             "scans": s.num_scored,
-            "patients": s.num_patients,
+            "patients": num_patients(part),
         }
     return out
+
+
+def num_patients(part: pa.Table) -> int:
+    """Who is behind the mean Dice; a row without a patient counts for one of its own."""
+    whose = part.filter(pc.is_valid(part["dice"]))["patient_id"]
+    return len(pc.unique(whose.drop_null())) + int(whose.null_count)
 
 
 def _recorded(body: Any) -> dict[str, dict[str, Any]]:
@@ -188,6 +194,8 @@ def recipe(card: ModelCard) -> list[tuple[str, str]]:
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return "not set"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -222,7 +230,7 @@ def ran_on(training: Row, log: Sequence[Row]) -> list[tuple[str, str]]:
         lines.append(("memory", _gigabytes(machine["memory_bytes"])))
     if "gpus" in machine:
         lines.append(("GPUs there", ", ".join(machine["gpus"]) or "none"))
-    if "workers" in training:
+    if {"workers", "nodes", "cpus", "gpus", "cpus_per_worker"} <= training.keys():
         each, mean = training["cpus_per_worker"], training["cpus"] / training["cpus_per_worker"]
         count = f"{training['workers']}" + ("" if mean == training["workers"] else f" at most, {mean:.1f} on average")
         share = f"{count}; {each} CPU(s){' and a GPU' if training['gpus'] else ''} each"

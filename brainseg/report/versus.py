@@ -56,19 +56,32 @@ def versus(cohort: Cohort, other: Cohort) -> dict[str, Any]:
 
 
 def _unseen(cohort: Cohort) -> pa.Table:
-    rows = with_names(cohort, cohort.regions)
+    figures = [name for name in COLUMNS if name in cohort.regions.column_names]
+    rows = with_names(cohort, cohort.regions.select([*figures, "row"]))
     seen = pc.take(pc.equal(cohort.scans["split"], "train"), cohort.regions["row"])
     return rows.filter(pc.and_(pc.invert(seen), pc.not_equal(rows["state"], "no_label"))).select(COLUMNS)
 
 
 def pairs(here: pa.Table, there: pa.Table) -> pa.Table:
-    """scan_id, region, state, `dice` here, `other` there and `difference` of each pair that has both, in order of the scans."""
-    known = there.filter(pc.is_valid(there["dice"])).select(["scan_id", "region", "dice"])
-    joined = here.filter(pc.is_valid(here["dice"])).join(
-        known.rename_columns(["scan_id", "region", "other"]), ["scan_id", "region"], join_type="inner"
+    """scan_id, region, state, `dice` here, `other` there and `difference` of each pair, in order of the scans.
+
+    As in `comparison.py`: who rightly found nothing where the other marked something counts 1; where both rightly found
+    nothing, nothing is compared. So a new mark where there is no tumour is a regression by name, too.
+    """
+    known = _ruled(there).select(["scan_id", "region", "dice", "state"])
+    joined = _ruled(here).join(
+        known.rename_columns(["scan_id", "region", "other", "there"]), ["scan_id", "region"], join_type="inner"
     )
+    empty = pc.and_(pc.equal(joined["state"], "both_empty"), pc.equal(joined["there"], "both_empty"))
+    joined = joined.filter(pc.invert(empty))
     joined = joined.append_column("difference", pc.subtract(joined["dice"], joined["other"]))
     return joined.select(["scan_id", "region", "state", "dice", "other", "difference"]).sort_by("scan_id")
+
+
+def _ruled(rows: pa.Table) -> pa.Table:
+    """Rows with `dice`, where a scan in which there was nothing to find and nothing was found counts 1."""
+    dice = pc.if_else(pc.equal(rows["state"], "both_empty"), 1.0, rows["dice"])
+    return rows.set_column(rows.schema.get_field_index("dice"), "dice", dice)
 
 
 def paired(cohort: Cohort, other: Cohort) -> pa.Table:

@@ -25,5 +25,5 @@ def test_a_report_of_60_000_rows_is_made_in_seconds_and_stays_small(tmp_path):
     seconds, mebibytes, size = map(float, done.stdout.split())
     print(f"\n{3 * SCANS:,} rows: {seconds:.1f} CPU s, {mebibytes:.0f} MiB above the imports, page {size / 1e6:.2f} MB")
     assert size < 5_000_000
-    assert mebibytes < 600
+    assert mebibytes < 400
     assert seconds < 60

@@ -239,7 +239,15 @@ class How(Config):
         Literal["fused", "apart"] | None, Field(description="where decoding happens; null: by what the cluster has")
     ] = None
     actors: Annotated[int | None, Field(ge=1, description="inference processes; null: one per GPU, or one per core")] = None
+    decode_tasks: Annotated[
+        int | None, Field(ge=1, description="decoding tasks at once, where they are apart; null: by what was measured")
+    ] = None
+    scans_per_part: Annotated[int | None, Field(ge=1, description="scans a part; null: by their number and what they take")] = (
+        None
+    )
     scan_seconds: Annotated[float, Field(gt=0, description="reading one scan may take this long before it is given up")] = 300.0
+    price_per_hour: Annotated[float | None, Field(ge=0, description="of the whole cluster, for a dry run's forecast")] = None
+    currency: Annotated[str, Field(max_length=10)] = "EUR"
     dry_run: bool = False
 
 

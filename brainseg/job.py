@@ -36,7 +36,7 @@ def train(spec: TrainSpec) -> ExitCode:
 def segment(spec: SegmentSpec) -> ExitCode:
     """Segment every scan into the run folder; SOME_FAILED where the quarantine is not empty."""
     limit = None if spec.max_failures is None else str(spec.max_failures)
-    kept = spec.model_dump(include={"actors", "scan_seconds", "dry_run"})
+    kept = spec.model_dump(include=HOW)
     how = build(How, {"max_failures": limit, "mode": spec.plan, **kept}, "spec")
     counts = commands.segment(spec.source, spec.model, spec.out, Voice(), how, spec.set)
     return ExitCode.SOME_FAILED if counts.get("failed") else ExitCode.OK
@@ -48,6 +48,8 @@ def report(spec: ReportSpec) -> ExitCode:
     return ExitCode.OK
 
 
+HOW = {"actors", "decode_tasks", "scans_per_part", "scan_seconds", "price_per_hour", "currency", "dry_run"}
+"""Words of a spec that say how a run goes about it, as `How` has them."""
 DOES: Mapping[str, Callable[..., ExitCode]] = {"train": train, "segment": segment, "report": report}
 
 

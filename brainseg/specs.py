@@ -15,7 +15,8 @@ from brainseg import commands, storage
 from brainseg.aggregate import Rule
 from brainseg.config import Config, build
 from brainseg.environment import prepare_environment
-from brainseg.errors import BrainsegError, ConfigError, ExitCode, UsageError, one_line
+from brainseg.errors import BrainsegError, ConfigError, ExitCode, UsageError
+from brainseg.events import LogFormat, choose_log_format, last_words
 
 S = TypeVar("S", bound=Config)
 
@@ -32,6 +33,7 @@ def _seen_by_all(place: str) -> str:
 
 Place = Annotated[str, AfterValidator(_seen_by_all), Field(json_schema_extra={"pattern": "^(/|s3://)"})]
 Overrides = Annotated[tuple[str, ...], Field(description="config keys to override, such as epochs=10")]
+Log = Annotated[LogFormat | None, Field(description="what the job's log holds: sentences, or a line of JSON each")]
 
 
 class TrainSpec(Config):
@@ -54,6 +56,7 @@ class TrainSpec(Config):
         float | None, Field(ge=0, description="what an hour of all the machines that train costs; null: nobody says")
     ] = None
     currency: Annotated[str, Field(description="of that price")] = "EUR"
+    log_format: Log = None
 
 
 class SegmentSpec(Config):
@@ -70,8 +73,17 @@ class SegmentSpec(Config):
     set: Overrides = ()
     actors: Annotated[int | None, Field(ge=1, description="inference processes; null: one per GPU, or one per core")] = None
     plan: Annotated[str | None, Field(description="`fused` or `apart`; null: by what the cluster has")] = None
+    decode_tasks: Annotated[
+        int | None, Field(ge=1, description="decoding tasks at once, where they are apart; null: by what was measured")
+    ] = None
+    scans_per_part: Annotated[
+        int | None, Field(ge=1, description="scans written together; null: by their number and what they take")
+    ] = None
     scan_seconds: Annotated[float, Field(gt=0, description="reading one scan may take this long before it is given up")] = 300.0
-    dry_run: bool = False
+    price_per_hour: Annotated[float | None, Field(ge=0, description="of the whole cluster, for a dry run's forecast")] = None
+    currency: Annotated[str, Field(description="of that price")] = "EUR"
+    dry_run: Annotated[bool, Field(description="take a few scans the whole way and say what a run would take")] = False
+    log_format: Log = None
 
     @property
     def source(self) -> str:
@@ -121,7 +133,9 @@ def run(kind: type[S], job: Callable[[S], ExitCode], words: Sequence[str]) -> in
     try:
         if len(words) != 1:
             raise UsageError(f"expected one word, the path of a spec (YAML); got {len(words)}")
-        return int(job(read_spec(kind, words[0])))
+        spec = read_spec(kind, words[0])
+        choose_log_format(getattr(spec, "log_format", None))
+        return int(job(spec))
     except BrainsegError as error:
-        sys.stderr.write(f"brainseg: {one_line(str(error))}\n")
+        sys.stderr.write(last_words(error))
         return int(error.exit_code)

@@ -5,7 +5,7 @@ import pytest
 from brainseg import session
 from brainseg.config import How
 from brainseg.errors import ClusterError, PreflightError, RunError
-from brainseg.segment import make_plan
+from brainseg.plan import make_plan
 from brainseg.session import Cluster, plain_words, require, require_room
 
 LAPTOP = Cluster(cpus=4, gpus=0, cores=2, nodes=1, local=True, free_cpus=4, shapes=((4, 0),))

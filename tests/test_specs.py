@@ -144,6 +144,8 @@ def test_a_dry_run_of_segment_needs_no_cluster(tmp_path):
     done = job("segment", spec, tmp_path)
     assert done.returncode == ExitCode.OK, done.stderr
     assert "would segment 3 scans" in done.stderr
+    assert "measured on 2 scan(s): decode" in done.stderr
+    assert "once it has started" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -199,9 +199,8 @@ def main() -> None:
     chosen, extra = words.parse_known_args()
     archive = copied_archive(chosen.work, chosen.scans, chosen.distinct)
     size = json.loads((Path(chosen.model) / "model.json").read_text())["prepare"]["size"]
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {chosen.scans} scans of 240x240x155; {chosen.precision}, {size}²"
-    )
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    print(f"{machine}; {chosen.scans} scans of 240x240x155; {chosen.precision}, {size}²")
     ours = paces(archive, chosen.model, chosen.work / "run", chosen.precision, chosen.actors, extra)
     print(f"bare forward {ours.bare_slices_per_s:.1f} slices/s, brainseg {ours.run_slices_per_s:.1f}: share {ours.share:.3f}")
     print(f"start to first finished scan {ours.startup_s:.1f} s; largest process {ours.peak_mb:.0f} MB")

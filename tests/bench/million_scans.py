@@ -2,7 +2,7 @@
 
     python tests/bench/million_scans.py FOLDER 1000 10000 100000
 
-Each size in a process of its own, so that its peak memory is its own. A step is linear where its seconds a scan stay as they are.
+Each size has a process of its own, so that its peak memory is its own. A step is linear where its time a scan stays as it is.
 """
 
 import hashlib

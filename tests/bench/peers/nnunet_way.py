@@ -40,7 +40,7 @@ def plans(size: int) -> PlansManager:
             "transpose_forward": [0, 1, 2],
             "transpose_backward": [0, 1, 2],
             "label_manager": "LabelManager",
-            "foreground_intensity_properties_per_channel": dict.fromkeys(map(str, range(len(MODALITIES))), {}),
+            "foreground_intensity_properties_per_channel": {str(n): {} for n in range(len(MODALITIES))},
             "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
             "configurations": {"2d": flat},
         }

@@ -11,7 +11,8 @@ import typer
 
 from brainseg import __version__, cli_jobs
 from brainseg.environment import prepare_environment
-from brainseg.errors import BrainsegError, ExitCode, UsageError, one_line
+from brainseg.errors import BrainsegError, ExitCode, UsageError
+from brainseg.events import LOG_FORMAT, LogFormat, choose_log_format, last_words
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +23,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+Log = Annotated[
+    LogFormat | None,
+    typer.Option("--log-format", envvar=LOG_FORMAT, help="`json`: what is said becomes a line of JSON each, for collectors."),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a config key, such as epochs=10 or optimiser.learning_rate=1e-3.")
 ]
@@ -132,6 +137,7 @@ def train(
         typer.Option(min=0, help="What an hour of all the machines that train costs: the training page adds it up."),
     ] = None,
     currency: Annotated[str, typer.Option(help="Of that price.")] = "EUR",
+    log_format: Log = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -139,6 +145,7 @@ def train(
     from brainseg import commands
     from brainseg.console import Voice
 
+    choose_log_format(log_format)
     picked = commands.picked_folds(cv, folds, fold)
     recipe = commands.recipe(
         manifest, preset=preset, config=config, assignments=set_ or [], fold=fold, accept_leakage=accept_leakage
@@ -171,7 +178,20 @@ def segment(
         str | None, typer.Option(help="`fused` or `apart`: where decoding happens. Default: by what the cluster has.")
     ] = None,
     scan_seconds: Annotated[float, typer.Option(help="Give a scan up, as TIMEOUT, whose files take longer to read.")] = 300.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, do nothing.")] = False,
+    decode_tasks: Annotated[
+        int | None, typer.Option(min=1, help="Decoding tasks at once, where they are apart. Default: by what was measured.")
+    ] = None,
+    scans_per_part: Annotated[
+        int | None, typer.Option(min=1, help="Default: at most 32, and what takes an actor about 20 s.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, take a few scans the whole way, say what a run would take.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of the whole cluster: a dry run says what the run would cost.")
+    ] = None,
+    currency: Annotated[str, typer.Option(help="Of that price.")] = "EUR",
+    log_format: Log = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -180,7 +200,10 @@ def segment(
     from brainseg.config import How, build
     from brainseg.console import Voice
 
+    choose_log_format(log_format)
     words = {"max_failures": max_failures, "mode": plan, "actors": actors, "scan_seconds": scan_seconds, "dry_run": dry_run}
+    words |= {"decode_tasks": decode_tasks, "scans_per_part": scans_per_part}
+    words |= {"price_per_hour": price_per_hour, "currency": currency}
     how = build(How, words, "segment")
     counts = commands.segment(source, model, out, Voice(quiet=quiet, as_json=json_), how, set_ or [])
     if counts.get("failed"):
@@ -367,7 +390,7 @@ def main() -> None:
         app(standalone_mode=True)
     except BrainsegError as error:
         hint = "\nRun with --help for the words it knows." if type(error) is UsageError else ""
-        sys.stderr.write(f"brainseg: {one_line(str(error))}{hint}\n")
+        sys.stderr.write(last_words(error, hint))
         sys.exit(error.exit_code)
 
 

@@ -185,17 +185,20 @@ def cross_validate(
 
 def segment(
     source: str, models: str | Sequence[str], out: str, voice: Voice, how: How, assignments: Sequence[str] = ()
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Bulk-segment and say the counts."""
     settings = build(SegmentConfig, override({}, assignments), "segment")
     named = [models] if isinstance(models, str) else models
     archive, folders, run = _source(source), [_source(model) for model in named], _target(out)
-    from brainseg.segment import Ear, segment_archive
+    from brainseg.observe import Ear
+    from brainseg.segment import segment_archive
 
     with voice.bar("segment") as bar:
-        ear = Ear(voice.say, lambda p: bar.update(p.done, p.total, p.line()))
+        ear = Ear(voice.say, lambda p: bar.update(p.done, p.total, p.line()), voice.note)
         counts = segment_archive(archive, folders, run, settings, how, ear)
-    if not how.dry_run:
+    if how.dry_run:
+        voice.result({"run": out, "forecast": counts}, "nothing was written")
+    else:
         done = f"{counts['ok']} of {counts['found']} scans segmented, {counts['failed']} failed, {counts['evaluated']} scored"
         voice.result({"run": out, "counts": counts}, f"{done} -> {out}")
     return counts

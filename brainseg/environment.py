@@ -10,10 +10,13 @@ from pathlib import Path
 
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """Where Ray looks for a token, before ~/.ray/auth_token."""
+ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""At 0 a node's address is 127.0.0.1, as it is by default on a Mac, and it listens on loopback alone; else Ray binds to every
+network of the machine. A node that finds it at 0 cannot join others."""
 
 
 def prepare_environment(*, joins: bool = False) -> None:
-    """Ask for token authentication with a token of this process's own, for threads that wait quietly, and for less noise.
+    """Ask for token authentication with a token of this process's own, for loopback, for threads that wait quietly, and so on.
 
     Where the process `joins` a cluster that somebody else runs, its token is the one that Ray finds, if there is one.
     """
@@ -25,6 +28,10 @@ def prepare_environment(*, joins: bool = False) -> None:
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if not joins and "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ:
+        os.environ.setdefault(ONE_MACHINE, "0")
+    elif os.environ.get(ONE_MACHINE) == "0":  # a process of ours that kept to itself has started this one
+        del os.environ[ONE_MACHINE]
     # Threads that spin while they wait starve each other: on a machine that does anything else a step takes 7 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -90,7 +90,7 @@ def evaluate_run(
     truth = manifest.read_manifest(labels) if labels else own
     matched = _check_overlap(own, truth, labels)
     judge = Judge.of(info)
-    connect()
+    connect(say)
     memory = _memory(manifest.read_manifest(training) if training else own, judge, say) if baselines else None
     with Lease(run):
         job = Job(run, judge, ray.put(truth), ray.put(memory))

@@ -1,21 +1,24 @@
 """Heartbeat: how far a training is inside its epoch, written by its first worker, read by the driver for whoever watches.
 
 `WORK/progress.json` is written by a thread of its own, so that a slow store never delays a step, and seldom: once a second
-on a disk, every 30 s where each write and each look is a request that is paid for. Losing it loses nothing.
+on a disk, every 30 s where each write and each look is a request that is paid for. Losing it loses nothing. A finished training
+takes it along with its work folder; one that broke off says there, beside how far it came, that it failed or was stopped.
 """
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from threading import Event, Thread
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from brainseg import storage
 from brainseg.errors import StorageError
+from brainseg.events import utc
+from brainseg.progress import FILE, State, ended_as
 
-FILE = "progress.json"
 ON_DISK_S, REMOTE_S = 1.0, 30.0
 Phase = Literal["train", "validate", "checkpoint", "measure"]
 WORDS = {"train": "training", "validate": "validating", "checkpoint": "saving", "measure": "measuring on the held-out fold"}
@@ -60,6 +63,23 @@ def read_progress(work: str) -> Progress | None:
     except (StorageError, KeyError, TypeError, ValueError):
         return None
     return Progress(**known) if known and known["phase"] in WORDS else None
+
+
+def _stamped(state: State, body: dict[str, Any]) -> dict[str, Any]:
+    return {**body, "state": state, "written_at": utc(datetime.now(UTC))}
+
+
+@contextlib.contextmanager
+def leaving_word(work: str) -> Iterator[None]:
+    """While inside, an error leaves in the heartbeat's file how the training ended, and goes on its way."""
+    try:
+        yield
+    except BaseException as error:
+        place = storage.join(work, FILE)
+        with contextlib.suppress(StorageError):
+            known = storage.read_json(place) if storage.exists(place) else {}
+            storage.write_json(place, _stamped(ended_as(error), known if isinstance(known, dict) else {}), indent=None)
+        raise
 
 
 class Heartbeat:
@@ -145,4 +165,4 @@ class Heartbeat:
             if body != said:
                 said = body
                 with contextlib.suppress(StorageError):  # whoever watches sees the next one
-                    storage.write_json(self._place, body, indent=None)
+                    storage.write_json(self._place, _stamped("running", body), indent=None)

@@ -8,6 +8,7 @@ import importlib.util
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -127,11 +128,14 @@ class Loggers:
         self._say = say
 
     @classmethod
-    def of(cls, wanted: Sequence[Target], out: str, params: Row, say: Say) -> "Loggers":
-        """The loggers of the training that makes the model folder `out`; each opens in its own thread."""
+    def of(
+        cls, wanted: Sequence[Target], out: str, params: Row, say: Say, more: Mapping[str, Callable[[], Logger]] | None = None
+    ) -> "Loggers":
+        """The loggers of the training that makes the model folder `out`, and `more` by name; each opens in its own thread."""
         name = storage.name_of(out.rstrip("/"))
         places = {t: t.place or (f"{out}.tensorboard" if t.kind == "tensorboard" else "") for t in wanted}
-        return cls({t.kind: lambda t=t: KINDS[t.kind](places[t], name, params) for t in wanted}, say)  # type: ignore[misc]
+        asked: dict[str, Callable[[], Logger]] = {t.kind: partial(KINDS[t.kind], places[t], name, params) for t in wanted}
+        return cls({**asked, **(more or {})}, say)
 
     def epoch(self, row: Row) -> None:
         """One line of the log for each of them."""

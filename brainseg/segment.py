@@ -8,87 +8,105 @@ anywhere can feed them. The stage functions are the same (`stages.py`), the rows
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
 from brainseg import inflight, manifest, runs, storage
+from brainseg.autoscaler import Room, grown
+from brainseg.calibrate import measure, sample
 from brainseg.config import How, SegmentConfig
 from brainseg.ensemble import Members, find_members, refuse_unanswered
 from brainseg.errors import FailureLimitError, PreflightError, StorageError, UsageError
 from brainseg.lease import Lease, refuse_if_held
 from brainseg.model import CHOICES, ModelCard, resolved
-from brainseg.session import Cluster, await_room, connect, lifeline, plain_words, require, require_room
+from brainseg.observe import Ear, Onlookers
+from brainseg.plan import DECODE_CPUS, FINISH_CPUS, Costs, Plan, describe_forecast, forecast, make_plan, mode_of
+from brainseg.progress import Progress
+from brainseg.session import Cluster, await_room, connect, joins_cluster, lifeline, plain_words, this_machine
 from brainseg.stages import Job
 from brainseg.verify import verify_run as verify_run
 from brainseg.versions import versions
 from brainseg.workers import Forward, WholeWay, decode_block, finish_block
 
-MOST_SCANS_PER_PART = 32
 STANDSTILL_S = 600.0
 """Beyond what a whole part may take, a job in which nothing moves for this long is ended: Ray would wait in silence."""
+WORTH_MEASURING = 64
+"""Of fewer scans the measuring would take longer than what it saves."""
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the cluster's resources are used."""
+class Order:
+    """What is to be segmented, by what and how: checked, and nothing of it begun."""
 
-    mode: Literal["fused", "apart"]
-    actors: int
-    actor_cpus: float
-    actor_gpus: float
-    scans_per_part: int
+    table: pa.Table
+    members: Members
+    asked: SegmentConfig
+    settings: SegmentConfig
+    limit: int | None
+    identity: runs.Identity
 
-    def describe(self) -> str:
-        what = (
-            "one process each for decode, network and metrics"
-            if self.mode == "fused"
-            else "decode and metrics in CPU tasks around them"
-        )
-        return f"plan: {self.actors} {'GPU' if self.actor_gpus else 'CPU'} actor(s), {what}; {self.scans_per_part} scans a part"
+    def job(self, out: str, how: How) -> Job:
+        """What workers must know, but for what a run of its own adds."""
+        first, *others = self.members.uris
+        marks = self.identity.model_fingerprint, self.identity.config_fingerprint
+        job = Job(out, first, self.settings, "", 0, *marks, self.members.card, scan_seconds=how.scan_seconds)
+        return replace(job, other_models=tuple(others))
 
-
-@dataclass
-class Progress:
-    """What the receipts have told so far."""
-
-    total: int
-    before: int = 0
-    failed_before: int = 0
-    ok: int = 0
-    failed: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "predict": 0.0, "finish": 0.0})
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def done(self) -> int:
-        return self.before + self.ok + self.failed
-
-    @property
-    def all_failed(self) -> int:
-        return self.failed_before + self.failed
-
-    def line(self) -> str:
-        """Scans done, failed and to come, the pace, and how long it will take."""
-        elapsed = time.monotonic() - self.started
-        pace = (self.ok + self.failed) / elapsed if elapsed else 0.0
-        left = f", {(self.total - self.done) / pace:.0f} s left" if pace and self.done < self.total else ""
-        return f"{self.done}/{self.total} scans, {self.all_failed} failed, {pace:.2f} scans/s{left}"
+    def description(self, source: str, say: Say) -> dict[str, Any]:
+        """What run.json says of it."""
+        choices = _choices(self.asked, self.settings, self.members.card, say)
+        return _description(source, self.members, self.settings) | choices
 
 
-@dataclass(frozen=True)
-class Ear:
-    """Who listens: `say` gets lines for a person, `tick` gets the progress after every part."""
+def take_order(source: str, models: str | Sequence[str], settings: SegmentConfig, how: How) -> Order:
+    """Check what can be checked before anything is begun. Raises UsageError, RunError or PreflightError."""
+    table = load_source(source)
+    members = find_members([models] if isinstance(models, str) else models, settings)
+    used = resolved(settings, members.card)
+    check_modalities(table, members.card)
+    refuse_unanswered(table, members, used)
+    identity = runs.Identity(manifest.fingerprint(table), members.fingerprint, used.fingerprint())
+    return Order(table, members, settings, used, failure_limit(how.max_failures, table.num_rows), identity)
 
-    say: Say = lambda _: None
-    tick: Callable[[Progress], None] = lambda _: None
+
+def rehearse(order: Order, out: str, how: How, ear: Ear) -> dict[str, Any]:
+    """Say what would run, on what, and from a few scans how long it would take and cost; write nothing."""
+    scans, size = order.table.num_rows, sum(order.table["size_bytes"].to_pylist())
+    ear.say(f"would segment {scans} scans ({size / 1e6:.0f} MB) with model '{order.members.card.name}' into {out}")
+    rows, job = sample(order.table), order.job(out, how)
+    if joins_cluster():
+        cluster = connect(ear.say)
+        with lifeline(), plain_words():
+            costs = measure_there(rows, job, gpus=_gpus(cluster, how))
+    else:
+        cluster, costs = this_machine(), measure(rows, job)
+    plan = make_plan(cluster, scans, how, costs)
+    body = forecast(plan, scans, size, how.price_per_hour, how.currency)
+    for line in (costs and costs.describe(), plan.describe(), describe_forecast(body)):
+        if line:
+            ear.say(line)
+    return body
+
+
+def measure_there(rows: Sequence[Mapping[str, Any]], job: Job, *, gpus: float) -> Costs | None:
+    """What a few scans cost in a process of the cluster that has what an actor will have."""
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(measure)
+    found: Costs | None = ray.get(task.remote(rows, job))
+    return found
+
+
+def _gpus(cluster: Cluster, how: How) -> float:
+    """GPUs of an actor."""
+    return 1.0 if cluster.gpus and mode_of(cluster, how) == "apart" else 0.0
 
 
 def segment_archive(
@@ -98,8 +116,10 @@ def segment_archive(
     settings: SegmentConfig,
     how: How | None = None,
     ear: Ear | None = None,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Segment every scan of an archive or manifest into the run folder `out`; returns the counts of run.json.
+
+    A dry run checks everything, takes a few scans the whole way, writes nothing, and returns a forecast (`plan.forecast`).
 
     Several models, or the folds of a cross-validation, answer as an ensemble. Resumes what is there. Raises UsageError or
     RunError before anything is written where source, models or `out` cannot serve, and FailureLimitError once more scans
@@ -107,46 +127,34 @@ def segment_archive(
     """
     how, ear = how or How(), ear or Ear()
     started = time.monotonic()
-    table = load_source(source)
-    members = find_members([models] if isinstance(models, str) else models, settings)
-    card = members.card
-    asked, settings = settings, resolved(settings, card)
-    check_modalities(table, card)
-    refuse_unanswered(table, members, settings)
-    limit = failure_limit(how.max_failures, table.num_rows)
-    identity = runs.Identity(manifest.fingerprint(table), members.fingerprint, settings.fingerprint())
+    order = take_order(source, models, settings, how)
+    table, identity = order.table, order.identity
     if how.dry_run:
-        size = sum(table["size_bytes"].to_pylist()) / 1e6
-        ear.say(f"would segment {table.num_rows} scans ({size:.0f} MB) with model '{card.name}' into {out}")
-        return {"found": table.num_rows}
+        return rehearse(order, out, how, ear)
     refuse_if_held(out)
-    cluster = None if runs.is_finished(out, identity) else connect()
+    cluster = None if runs.is_finished(out, identity) else connect(ear.say)
     if cluster is not None:
+        cluster = grown(cluster, _room(cluster, table.num_rows, how), ear.say)
         make_plan(cluster, table.num_rows, how)
     with Lease(out) as lease:
-        body = runs.open_run(out, identity, _description(source, members, settings) | _choices(asked, settings, card, ear.say))
+        body = runs.open_run(out, identity, order.description(source, ear.say))
         manifest.write_manifest(storage.join(out, runs.MANIFEST_FILE), table)
         storage.delete(storage.join(out, runs.SUCCESS_FILE))
         expected = runs.expected_tags(table)
-        job = Job(
-            out,
-            members.uris[0],
-            settings,
-            body["run_id"],
-            body["attempt"],
-            identity.model_fingerprint,
-            identity.config_fingerprint,
-            card,
-            lease.generation,
-            how.scan_seconds,
-            inflight.left_behind(out),
-            members.uris[1:],
+        job = replace(
+            order.job(out, how),
+            run_id=body["run_id"],
+            attempt=body["attempt"],
+            lease=lease.generation,
+            suspects=inflight.left_behind(out),
         )
-        progress, counts = _to_the_end(table, expected, job, Drive(how, limit, ear, cluster), body, lease)
-        timings = {"total_s": time.monotonic() - started, **{f"{k}_s": v for k, v in progress.seconds.items()}}
-        inflight.clear(out)
-        lease.check()
-        runs.finish_run(out, body, counts, {k: round(v, 3) for k, v in timings.items()})
+        with Onlookers(out, body, table.num_rows, ear, lease.check) as onlookers:
+            drive = Drive(how, order.limit, ear, cluster, onlookers)
+            progress, counts = _to_the_end(table, expected, job, drive, body, lease)
+            timings = {"total_s": time.monotonic() - started, **{f"{k}_s": v for k, v in progress.seconds.items()}}
+            inflight.clear(out)
+            lease.check()
+            runs.finish_run(out, body, counts, {k: round(v, 3) for k, v in timings.items()})
     return counts
 
 
@@ -171,6 +179,7 @@ class Drive:
     limit: int | None
     ear: Ear
     cluster: Cluster | None
+    onlookers: Onlookers
 
 
 def _to_the_end(
@@ -193,15 +202,16 @@ def _to_the_end(
 def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive) -> Progress:
     """Segment what no earlier attempt has finished; returns what the receipts told."""
     kept = runs.finished_rows(job.run, expected)
-    failed_before = sum(1 for row in kept.values() if row.status == "failed")
+    codes = Counter(str(row.error_code) for row in kept.values() if row.status == "failed")
     todo = table.filter(pa.array([s not in kept for s in table["scan_id"].to_pylist()], pa.bool_()))
-    progress, ear, limit = Progress(table.num_rows, len(kept), failed_before), drive.ear, drive.limit
+    progress, ear = Progress(table.num_rows, len(kept), codes.total(), codes=codes), drive.ear
+    drive.onlookers.see(progress)
     if kept:
         ear.say(f"resuming: {len(kept)} of {table.num_rows} scans are done already")
     if not todo.num_rows:
         return progress
-    cluster = drive.cluster or connect()
-    plan = make_plan(cluster, todo.num_rows, drive.how)
+    cluster = drive.cluster or connect(ear.say)
+    plan = make_plan(cluster, todo.num_rows, drive.how, _costs(todo, job, cluster, drive.how))
     ear.say(plan.describe())
     if cluster.free_cpus is not None and cluster.free_cpus < plan.actors * plan.actor_cpus + 1:
         ear.say(f"only {cluster.free_cpus:g} of the cluster's {cluster.cpus:g} CPUs are free now; waiting for other jobs")
@@ -209,10 +219,18 @@ def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive)
         await_room(STANDSTILL_S)
         with closing(_receipts(todo, job, plan)) as receipts:  # whatever ends it, the actors' CPUs are free again
             for receipt in receipts:
-                _take(progress, receipt)
-                ear.tick(progress)
-                _enforce(limit, progress)
+                drive.onlookers.part(receipt)
+                _enforce(drive.limit, progress)
     return progress
+
+
+def _costs(todo: pa.Table, job: Job, cluster: Cluster, how: How) -> Costs | None:
+    """Measured where a GPU has to be fed and the archive is worth it; an actor that does everything needs no balance."""
+    gpus = _gpus(cluster, how)
+    if not gpus or todo.num_rows < WORTH_MEASURING:
+        return None
+    with lifeline(), plain_words():
+        return measure_there(sample(todo), job, gpus=gpus)
 
 
 def _enforce(limit: int | None, progress: Progress) -> None:
@@ -286,17 +304,10 @@ def _choices(asked: SegmentConfig, used: SegmentConfig, card: ModelCard, say: Sa
     return {name: {"value": getattr(used, name), "chosen_on": chosen_on[name]} for name in CHOICES}
 
 
-def make_plan(cluster: Cluster, scans: int, how: How) -> Plan:
-    """Choose actors and part size. PreflightError where Ray would wait for ever."""
-    chosen: Literal["fused", "apart"] = "apart" if how.mode == "apart" or (how.mode is None and cluster.gpus) else "fused"
-    gpus = 1.0 if cluster.gpus and chosen == "apart" else 0.0
-    wanted = how.actors or int(cluster.gpus if gpus else cluster.cores if chosen == "fused" else max(1, cluster.cores // 2))
-    wanted = max(1, min(wanted, scans))
-    plan = Plan(chosen, wanted, 1.0, gpus, max(1, min(MOST_SCANS_PER_PART, -(-scans // (4 * wanted)))))
-    what = f"segmenting with {wanted} actors"
-    require(cluster, cpus=wanted * plan.actor_cpus + 1, gpus=wanted * gpus, what=what)
-    require_room(cluster, wanted, cpus=plan.actor_cpus, gpus=gpus, what=what)
-    return plan
+def _room(cluster: Cluster, scans: int, how: How) -> Room:
+    """What a cluster that grows is asked for: the actors that somebody wants, else one; with GPUs where they decode apart."""
+    wants_gpus = how.mode != "fused" and bool(cluster.gpus or (how.actors and how.mode == "apart"))
+    return Room(min(how.actors or 1, max(1, scans)), 1.0, 1.0 if wants_gpus else 0.0)
 
 
 def pipeline(todo: pa.Table, job: Job, plan: Plan) -> Dataset:
@@ -306,11 +317,12 @@ def pipeline(todo: pa.Table, job: Job, plan: Plan) -> Dataset:
     arguments: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     if plan.mode == "fused":
         return blocks.map_batches(WholeWay, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, **arguments)
-    decoded = blocks.map_batches(partial(decode_block, job=job), num_cpus=0.5, **arguments)
+    tasks = TaskPoolStrategy(plan.decode_tasks)
+    decoded = blocks.map_batches(partial(decode_block, job=job), num_cpus=DECODE_CPUS, compute=tasks, **arguments)
     predicted = decoded.map_batches(
         Forward, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, **arguments
     )
-    return predicted.map_batches(partial(finish_block, job=job), num_cpus=0.25, **arguments)
+    return predicted.map_batches(partial(finish_block, job=job), num_cpus=FINISH_CPUS, **arguments)
 
 
 def _receipts(todo: pa.Table, job: Job, plan: Plan) -> Generator[Mapping[str, Any]]:
@@ -320,10 +332,3 @@ def _receipts(todo: pa.Table, job: Job, plan: Plan) -> Generator[Mapping[str, An
     context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = STANDSTILL_S + plan.scans_per_part * job.scan_seconds
     yield from pipeline(todo, job, plan).iter_rows()
-
-
-def _take(progress: Progress, receipt: Mapping[str, Any]) -> None:
-    progress.ok += int(receipt["ok"])
-    progress.failed += len(receipt["failed"])
-    for stage in progress.seconds:
-        progress.seconds[stage] += float(receipt[f"seconds_{stage}"])

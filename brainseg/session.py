@@ -11,15 +11,18 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Any
 
+import grpc  # type: ignore[import-untyped]
 import ray
+import torch
 
 from brainseg.errors import BrainsegError, ClusterError, ExitCode, PreflightError, StorageError, one_line
+from brainseg.events import last_words
 
 SPARE_CPUS = 2
 """Logical CPUs a local Ray gets beyond the machine's cores, for the light tasks around the busy ones."""
@@ -38,6 +41,8 @@ DEATHS = (
     ray.exceptions.RaySystemError,
     ray.exceptions.WorkerCrashedError,
 )
+ANSWER_S = 5.0
+"""How long a cluster that we have joined may take to say whether it asks for a token."""
 STANDSTILLS = ("GetTimeoutError", "ExecutionTimeoutError")
 
 
@@ -61,15 +66,32 @@ class Cluster:
         return sum(int(min(c / cpus, g / gpus if gpus else math.inf)) for c, g in shapes)
 
 
-def connect() -> Cluster:
-    """Join or start Ray; safe to call again."""
-    local = not os.environ.get("RAY_ADDRESS") and not os.environ.get("RAY_JOB_ID")
+def connect(say: Callable[[str], None] = lambda _: None) -> Cluster:
+    """Join or start Ray, with a warning where somebody else's asks for no token; safe to call again."""
+    local = not joins_cluster()
     if not ray.is_initialized():
-        _start_local() if local else ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        _start_local() if local else _join(say)
     else:
         gc.collect()  # the error of an earlier job in this process keeps its actors alive in cycles, and with them their CPUs
     for name, level in QUIET_LOGGERS.items():
         logging.getLogger(name).setLevel(level)
+    return survey(local=local)
+
+
+def joins_cluster() -> bool:
+    """Whether somebody's cluster is to be joined, rather than a local Ray started."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+
+
+def this_machine() -> Cluster:
+    """What a local Ray would offer, without starting one."""
+    cores, gpus = os.cpu_count() or 1, float(torch.cuda.device_count())
+    cpus = float(cores + SPARE_CPUS)
+    return Cluster(cpus, gpus, cores, 1, True, cpus, ((cpus, gpus),))
+
+
+def survey(*, local: bool) -> Cluster:
+    """What the cluster offers at this moment."""
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     cpus = total.get("CPU", 0.0)
@@ -79,8 +101,27 @@ def connect() -> Cluster:
     return Cluster(cpus, total.get("GPU", 0.0), max(1, cores), len(nodes), local, free, shapes)
 
 
+def _join(say: Callable[[str], None]) -> None:
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    address = ray.get_runtime_context().gcs_address
+    if not asks_for_token(address):
+        way = "start it with RAY_AUTH_MODE=token and a token"
+        say(f"warning: the cluster at {address} asks for no token: whoever reaches it can run code on it; {way}")
+
+
+def asks_for_token(address: str) -> bool:
+    """Whether a cluster's books (GCS) turn away who comes without a token, or will not say whether they do."""
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        read = channel.unary_unary("/ray.rpc.InternalKVGcsService/GetInternalConfig")
+        try:
+            read(b"", timeout=ANSWER_S)
+        except grpc.RpcError:  # refused; or it speaks TLS, whose certificates are a lock of their own
+            return True
+    return False
+
+
 def _start_local() -> None:
-    """Start Ray on this machine: quiet and small. Its authentication is the environment's (`environment.py`).
+    """Start Ray on this machine: quiet and small. Its token, and that it listens on loopback alone, are `environment.py`'s.
 
     Raises ClusterError where Ray does not come up.
     """
@@ -186,7 +227,7 @@ def _wait_for_the_end(line: socket.socket, leaving: Event) -> None:
         while line.recv(64):
             pass
     if not leaving.is_set():
-        sys.stderr.write(f"brainseg: Ray has died on this machine (its raylet is gone); {KEPT}\n")
+        sys.stderr.write(last_words(ClusterError(f"Ray has died on this machine (its raylet is gone); {KEPT}")))
         sys.stderr.flush()
         os._exit(ExitCode.CRASH)
 

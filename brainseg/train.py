@@ -21,6 +21,7 @@ import ray.train.torch
 
 from brainseg import cache, manifest, overlays, storage
 from brainseg.audit import Audit, audit_split
+from brainseg.autoscaler import Room, grown
 from brainseg.config import Crew, TrainConfig, read_crew
 from brainseg.course import (
     BASELINES_FILE,
@@ -32,6 +33,7 @@ from brainseg.course import (
 )
 from brainseg.curves import draw_curves
 from brainseg.errors import BrainsegError, PreflightError, ScanError, StorageError, UsageError
+from brainseg.heartbeat import leaving_word
 from brainseg.loggers import Loggers, flat
 from brainseg.model import CARD, ModelCard, Split, load_card, save_model
 from brainseg.prepare import select_modalities
@@ -41,6 +43,7 @@ from brainseg.scans import Scan, load_scan
 from brainseg.session import Cluster, connect, require, require_room
 from brainseg.split import split_rows
 from brainseg.storage.arrow import ray_storage
+from brainseg.telemetry import TrainingMeters
 from brainseg.unet import UNet
 from brainseg.versions import versions
 from brainseg.watch import LOG, Price, Watcher, watching
@@ -82,10 +85,11 @@ def train_model(
         say(f"{out} holds this very model already; nothing to do")
         return finished
     card = _audited(card, audit_split(parts, recorded=manifest.recorded_audit(manifest_uri)), say)
-    cluster = connect()
+    cluster = connect(say)
     crew = read_crew(workers or max(1, int(cluster.gpus)))
     if crew.most > config.batch_size:
         raise PreflightError(f"{crew.most} workers cannot share batches of {config.batch_size}; ask for fewer workers")
+    cluster = grown(cluster, Room(crew.fewest, 1.0, 1.0 if cluster.gpus else 0.0), say)
     largest = int(max((cpus for cpus, _ in cluster.shapes), default=cluster.cores))
     per_worker = max(1, min(cluster.cores // crew.most, largest))
     least = {"cpus": crew.fewest * per_worker + 1, "gpus": crew.fewest if cluster.gpus else 0}
@@ -103,8 +107,9 @@ def train_model(
     manifest.write_manifest(storage.join(work, "train.parquet"), _subset(table, parts["train"]))
     storage.write_json(storage.join(work, "index.json"), [e.to_json() for e in entries])
     before_s = _epochs_s(work)
-    with Loggers.of(watcher.log_to, out, config.model_dump(mode="json"), say) as loggers:
-        with watching(work, watcher, loggers, say):
+    meters = {"Prometheus": partial(TrainingMeters, storage.name_of(out.rstrip("/")))}
+    with Loggers.of(watcher.log_to, out, config.model_dump(mode="json"), say, meters) as loggers:
+        with leaving_word(work), watching(work, watcher, loggers, say):
             _fit(work, card, crew, per_worker, cluster)
         used = _used(work, crew.most, per_worker, cluster) | {"scans": _by_fold(parts)}
         used |= cost(before_s + time.monotonic() - began, used, watcher.price)

@@ -19,13 +19,14 @@ from brainseg.ensemble import load_segmenter
 from brainseg.inflight import Flight
 from brainseg.model import Segmenter
 from brainseg.stages import Job, Row, Work
+from brainseg.telemetry import BusyShare, Meters
 from brainseg.time_limit import TimeLimit
 
 RECEIPT = pa.schema(
     [
         ("part", pa.string()),
         ("ok", pa.int64()),
-        ("failed", pa.list_(pa.string())),
+        ("failed", pa.list_(pa.struct([(name, pa.string()) for name in ("scan_id", "code", "stage", "message")]))),
         ("seconds_decode", pa.float64()),
         ("seconds_predict", pa.float64()),
         ("seconds_finish", pa.float64()),
@@ -39,36 +40,48 @@ class WholeWay:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.model = ready_model(job)
+        self.busy = BusyShare()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         rows = block.to_pylist()
+        with _meters(self.job).holding(len(rows), "whole"):
+            receipt = self._whole_way(rows)
+        _meters(self.job).tell("brainseg_device_busy_share", self.busy.look())
+        return receipt
+
+    def _whole_way(self, rows: list[Row]) -> pa.Table:
         flight = _flight("whole", rows, self.job)
         if flight.begin():
             done = [self._alone(row, flight) for row in rows]
         else:
             works = (_decode(row, self.job) for row in rows)
-            done = [stages.finish(w, self.job) for group in stages.in_groups(works) for w in stages.predict(self.model, group)]
+            done = [stages.finish(w, self.job) for group in stages.in_groups(works) for w in self._predict(group)]
         receipt = _written(self.job, done)
         flight.end()
         return receipt
 
+    def _predict(self, works: Sequence[Work]) -> list[Work]:
+        with self.busy.inside():
+            return stages.predict(self.model, works)
+
     def _alone(self, row: Row, flight: Flight) -> dict[str, Any]:
         """One scan of a block over which a process died before."""
         work = _alone(flight, "decode", row, lambda: _decode(row, self.job))
-        work = _alone(flight, "predict", row, lambda: stages.predict(self.model, [work])[0])
+        work = _alone(flight, "predict", row, lambda: self._predict([work])[0])
         return _finish_alone(flight, work, self.job)
 
 
 def decode_block(block: pa.Table, job: Job) -> pa.Table:
     """A task: manifest rows -> the same with the decoded scans as bytes in a column `work`."""
     rows = block.to_pylist()
-    flight = _flight("decode", rows, job)
-    if flight.begin():
-        works = [_alone(flight, "decode", row, functools.partial(_decode, row, job)) for row in rows]
-    else:
-        works = [_decode(row, job) for row in rows]
-    packed = pa.array([stages.pack(w) for w in works], pa.large_binary())
-    flight.end()
+    with _meters(job).holding(len(rows), "decode"):
+        flight = _flight("decode", rows, job)
+        if flight.begin():
+            works = [_alone(flight, "decode", row, functools.partial(_decode, row, job)) for row in rows]
+        else:
+            works = [_decode(row, job) for row in rows]
+        packed = pa.array([stages.pack(w) for w in works], pa.large_binary())
+        flight.end()
     return block.append_column("work", packed)
 
 
@@ -78,29 +91,37 @@ class Forward:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.model = ready_model(job)
+        self.busy = BusyShare()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         rows, works = _unpacked(block)
-        flight = _flight("predict", rows, self.job)
-        if flight.begin():
-            done = [self._alone(work, flight) for work in works]
-        else:
-            done = [w for group in stages.in_groups(works) for w in stages.predict(self.model, group)]
-        packed = pa.array([stages.pack(w) for w in done], pa.large_binary())
-        flight.end()
+        with _meters(self.job).holding(len(rows), "predict"):
+            flight = _flight("predict", rows, self.job)
+            if flight.begin():
+                done = [self._alone(work, flight) for work in works]
+            else:
+                done = [w for group in stages.in_groups(works) for w in self._predict(group)]
+            packed = pa.array([stages.pack(w) for w in done], pa.large_binary())
+            flight.end()
+        _meters(self.job).tell("brainseg_device_busy_share", self.busy.look())
         return block.drop_columns(["work"]).append_column("work", packed)
 
+    def _predict(self, works: Sequence[Work]) -> list[Work]:
+        with self.busy.inside():
+            return stages.predict(self.model, works)
+
     def _alone(self, work: Work, flight: Flight) -> Work:
-        return _alone(flight, "predict", work.row, lambda: stages.predict(self.model, [work])[0])
+        return _alone(flight, "predict", work.row, lambda: self._predict([work])[0])
 
 
 def finish_block(block: pa.Table, job: Job) -> pa.Table:
     """A task: predictions -> a written part; returns its receipt."""
     rows, works = _unpacked(block)
-    flight = _flight("finish", rows, job)
-    done = [_finish_alone(flight, w, job) for w in works] if flight.begin() else [stages.finish(w, job) for w in works]
-    receipt = _written(job, done)
-    flight.end()
+    with _meters(job).holding(len(rows), "finish"):
+        flight = _flight("finish", rows, job)
+        done = [_finish_alone(flight, w, job) for w in works] if flight.begin() else [stages.finish(w, job) for w in works]
+        receipt = _written(job, done)
+        flight.end()
     return receipt
 
 
@@ -127,6 +148,11 @@ def _flight(what: str, rows: Sequence[Row], job: Job) -> Flight:
 def _time_limit(seconds: float) -> TimeLimit:
     """This process's own: a task's process does many tasks, and what hangs in it hangs on."""
     return TimeLimit(seconds, fatal=True)
+
+
+def _meters(job: Job) -> Meters:
+    """What this process tells Prometheus."""
+    return Meters(run_id=job.run_id)
 
 
 def _decode(row: Row, job: Job) -> Work:
@@ -158,7 +184,12 @@ def _written(job: Job, rows: Sequence[Row]) -> pa.Table:
     receipt = {
         "part": storage.name_of(runs.write_part(job.run, rows)),
         "ok": sum(r["status"] == "ok" for r in rows),
-        "failed": [f"{r['error_code']} {r['error_message']}" for r in rows if r["status"] == "failed"],
+        "failed": [_failure(r) for r in rows if r["status"] == "failed"],
         **{f"seconds_{s}": sum(r[f"seconds_{s}"] for r in rows) for s in ("decode", "predict", "finish")},
     }
     return pa.Table.from_pylist([receipt], schema=RECEIPT)
+
+
+def _failure(row: Row) -> dict[str, str]:
+    """What the driver is told of a failed scan."""
+    return {"scan_id": row["scan_id"], **{name: str(row[f"error_{name}"]) for name in ("code", "stage", "message")}}

@@ -104,6 +104,7 @@ def test_no_text_of_a_header_comes_out_anywhere(local_ray, archive, tmp_path, mo
     import ray
 
     caplog.set_level(logging.DEBUG, logger="brainseg")
+    monkeypatch.setenv("BRAINSEG_LOG_FORMAT", "json")  # all that is said, and what only logs are told
     manifest, run, model = tmp_path / "m.parquet", tmp_path / "run", make_model(tmp_path / "model")
     assert call(monkeypatch, "index", archive, "--out", manifest) == 0
     assert call(monkeypatch, "segment", manifest, "--model", model, "--out", run, "--actors", "1") == 3
@@ -115,6 +116,7 @@ def test_no_text_of_a_header_comes_out_anywhere(local_ray, archive, tmp_path, mo
     assert {p.name for p in run.iterdir()} >= {"report.html", "metrics.parquet", "scans", "_SUCCESS.json"}
     assert files_with(CANARY, tmp_path) == []
     out, err = capfd.readouterr()
+    assert err.count('"event": "scan_failed"') == 4
     assert CANARY not in out + err + caplog.text
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     assert list((session / "logs").iterdir())

@@ -20,7 +20,7 @@ from brainseg.runs import Identity
 HOUR = 3600.0
 TEMPORARY = f".tmp-{'0' * 32}"
 KEPT = ["run.json", "_SUCCESS.json", "manifest.parquet", "metrics.parquet", "baselines.parquet", "evaluation.json"]
-KEPT += ["report.html", "lease.json", "scans/a.parquet", "masks/a.nii.gz", "notes.txt", "scans/.tmp-mine"]
+KEPT += ["report.html", "lease.json", "progress.json", "scans/a.parquet", "masks/a.nii.gz", "notes.txt", "scans/.tmp-mine"]
 OLD = [f"scans/{TEMPORARY}", TEMPORARY, f".probe-{'1' * 32}"]
 LEFT = ["torn/b.parquet", "evaluation/c.parquet", "inflight/block-1.json", "lease-000001.json"]
 CLAIM = "lease-000004.json"

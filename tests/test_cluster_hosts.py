@@ -20,6 +20,8 @@ import pytest
 import yaml
 from cluster_files import CLUSTER, CLUSTERS, RAY_UP, README, ROOT, templates, words_of_ray_start
 
+from brainseg.telemetry import METERS, exported
+
 # ---- ray up, by Ray's own validator ----------------------------------------------------------------------------------
 
 
@@ -254,13 +256,16 @@ def panels():
     return json.loads((CLUSTER / "grafana.json").read_text())["panels"]
 
 
+OURS = {name for meter in METERS for name in exported(meter)}
+
+
 def test_every_panel_shows_metrics_that_ray_exports():
     for panel in (p for p in panels() if p["type"] != "row"):
         assert panel["description"]
         for target in panel["targets"]:
             used = re.findall(r"\b(?:ray|autoscaler)_\w+(?=\{)", target["expr"])
             assert used, panel["title"]
-            assert set(used) <= metrics_of_ray()
+            assert set(used) <= metrics_of_ray() | OURS
             assert target["expr"].count("{") == target["expr"].count('ray_io_cluster=~"$cluster"')
             assert target["expr"].count("(") == target["expr"].count(")")
             assert target["datasource"]["uid"] == "${datasource}"

@@ -2,12 +2,13 @@
 
 import time
 
+import pytest
 from factory import FEW
 from hypothesis import given
 from hypothesis import strategies as st
 
 from brainseg import heartbeat, storage
-from brainseg.heartbeat import FILE, Heartbeat, Progress, read_progress
+from brainseg.heartbeat import FILE, Heartbeat, Progress, leaving_word, read_progress
 
 
 class Clock:
@@ -96,6 +97,30 @@ def test_what_the_first_worker_writes_is_what_the_driver_reads(tmp_path):
             time.sleep(0.01)
     assert found is not None
     assert (found.phase, found.epoch, found.epochs, found.step, found.steps) == ("train", 2, 5, 1, 7)
+
+
+@pytest.mark.parametrize(("error", "state"), [(RuntimeError, "failed"), (KeyboardInterrupt, "stopped")])
+def test_a_training_that_broke_off_says_how_and_keeps_how_far_it_came(tmp_path, error, state):
+    work = str(tmp_path)
+    with Heartbeat(work, 5, 7, every_s=0.01) as beat:
+        beat.begin("train", 2)
+        until = time.monotonic() + 20
+        while ((found := read_progress(work)) is None or found.epoch != 2) and time.monotonic() < until:
+            time.sleep(0.01)
+    body = storage.read_json(storage.join(work, FILE))
+    assert body["state"] == "running"
+    with pytest.raises(error), leaving_word(work):
+        raise error
+    after = storage.read_json(storage.join(work, FILE))
+    assert after["state"] == state
+    assert read_progress(work) == found
+    assert after["written_at"] >= body["written_at"]
+
+
+def test_a_training_that_ends_well_leaves_no_word(tmp_path):
+    with leaving_word(str(tmp_path)):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_workers_write_nothing(tmp_path):

@@ -15,7 +15,7 @@ LAYERS = """
     __init__
     errors environment
     regions geometry storage tables config versions hardware time_limit outlines
-    heartbeat loggers watch
+    events progress telemetry observe heartbeat loggers watch
     unet losses presets
     formats surfaces lesions postprocess metrics aggregate averaging comparison
     contrasts layouts readers scans prepare thumbnails masks augment sliding cache patches
@@ -24,7 +24,7 @@ LAYERS = """
     ensemble
     contents audit folds manifest lease inflight runs verify clean baselines split scoring sweep learn curves overlays
     report
-    stages workers session held_out course
+    stages workers session autoscaler plan calibrate held_out course
     train cross_validation segment export phantom evaluate
     console results
     commands
@@ -89,7 +89,7 @@ def test_one_file_talks_to_s3():
 
 def test_ray_stays_at_the_rim():
     talkers = {unit_of(p) for p in SOURCES if any(n.split(".")[0] == "ray" for n in imported(p))}
-    assert talkers == {"session", "course", "train", "segment", "evaluate", "workers", "submit"}
+    assert talkers == {"session", "course", "train", "segment", "evaluate", "workers", "submit", "telemetry", "autoscaler"}
 
 
 def test_the_command_line_comes_up_without_heavy_packages():

@@ -120,14 +120,15 @@ class UNet(nn.Module):
         return [logits, *(head(level) for head, level in zip(self.coarse_heads, levels[1:], strict=False))]
 
 
-def folded(network: UNet) -> UNet:
+def folded(trained: UNet) -> UNet:
     """A copy for inference in which each batch norm is part of the convolution before it: the same answers, to rounding."""
-    copied = copy.deepcopy(network).eval()
-    for block in copied.modules():
+    network = copy.deepcopy(trained)
+    network.eval()
+    for block in network.modules():
         if isinstance(block, Block):
             block.conv1, block.norm1 = _joined(block.conv1, block.norm1)
             block.conv2, block.norm2 = _joined(block.conv2, block.norm2)
-    return copied
+    return network
 
 
 def _joined(convolution: Any, norm: nn.Module) -> tuple[Any, nn.Module]:

@@ -27,6 +27,11 @@ Log = Annotated[
     LogFormat | None,
     typer.Option("--log-format", envvar=LOG_FORMAT, help="`json`: what is said becomes a line of JSON each, for collectors."),
 ]
+Price = Annotated[
+    float | None,
+    typer.Option(min=0, help="What an hour of all the machines costs: the training page adds it up, a dry run forecasts it."),
+]
+Currency = Annotated[str, typer.Option(help="Of that price.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a config key, such as epochs=10 or optimiser.learning_rate=1e-3.")
 ]
@@ -132,11 +137,8 @@ def train(
         list[str] | None,
         typer.Option(help="Log to TensorBoard or MLflow as well: tensorboard[:DIR], mlflow[:URI]. Both are extras to install."),
     ] = None,
-    price_per_hour: Annotated[
-        float | None,
-        typer.Option(min=0, help="What an hour of all the machines that train costs: the training page adds it up."),
-    ] = None,
-    currency: Annotated[str, typer.Option(help="Of that price.")] = "EUR",
+    price_per_hour: Price = None,
+    currency: Currency = "EUR",
     log_format: Log = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -187,10 +189,8 @@ def segment(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, take a few scans the whole way, say what a run would take.")
     ] = False,
-    price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Of the whole cluster: a dry run says what the run would cost.")
-    ] = None,
-    currency: Annotated[str, typer.Option(help="Of that price.")] = "EUR",
+    price_per_hour: Price = None,
+    currency: Currency = "EUR",
     log_format: Log = None,
     json_: Json = False,
     quiet: Quiet = False,

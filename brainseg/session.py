@@ -240,7 +240,7 @@ def plain_words() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # looked through for what caused it; what is not known is raised as it is
         known = next((e for e in _chain(error) if isinstance(e, BrainsegError)), None) or _quoted(error)
         if known is not None:
             raise known from None

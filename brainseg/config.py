@@ -154,9 +154,7 @@ class OptimiserConfig(Config):
 class TrainConfig(Config):
     """One recipe: from a manifest to a model."""
 
-    added_later = frozenset({"choose", "flip_answers"})
-
-    added_later = frozenset({"choose", "flip_answers", "overlays_every"})
+    added_later = frozenset({"choose", "flip_answers", "overlays_every", "coarse_size", "coarse_share"})
 
     name: str = "unet"
     modalities: tuple[str, ...] = ()
@@ -176,6 +174,10 @@ class TrainConfig(Config):
     """Share of each batch that is taken from slices with tumour; 0: slices as they come."""
     samples_per_epoch: Annotated[int | None, Field(ge=1)] = None
     """None: as many as there are slices to choose from."""
+    coarse_size: Annotated[int | None, Field(ge=16, le=1024)] = None
+    """Training begins on slices of so many pixels a side, less than `prepare.size`: more steps in the same time; null: no. What
+    is validated is always the network at its full size, so that Dice leaps where the fine epochs begin."""
+    coarse_share: Annotated[float, Field(gt=0, lt=1, description="of the epochs, with `coarse_size`: how many are coarse")] = 0.6
     validate_every: Annotated[int, Field(ge=1, description="epochs between validations")] = 1
     patience: Annotated[int | None, Field(ge=1)] = None
     """Validations without a better Dice before stopping; null: never."""
@@ -199,13 +201,29 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        problem = misfit(self.network, self.prepare)
+        problem = misfit(self.network, self.prepare) or self._coarse_misfit()
         if problem:
             raise ValueError(problem)
         for name in ("modalities", "regions"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} must differ from each other")
         return self
+
+    def _coarse_misfit(self) -> str | None:
+        size = self.coarse_size
+        if size is None:
+            return None
+        if self.network.dimensions == 3:
+            return "coarse_size is for network.dimensions 2 alone"
+        if size >= self.prepare.size:
+            return f"coarse_size is {size}; it must be less than prepare.size, {self.prepare.size}"
+        problem = misfit(self.network, self.prepare.model_copy(update={"size": size}))
+        return problem and problem.replace("prepare.size", "coarse_size")
+
+    def size_in(self, epoch: int) -> int:
+        """Pixels a side of what the network is taught with in an epoch, counted from 0."""
+        is_coarse = self.coarse_size is not None and epoch < round(self.epochs * self.coarse_share)
+        return self.coarse_size if is_coarse and self.coarse_size else self.prepare.size
 
 
 class SegmentConfig(Config):

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from brainseg.augment import apply, draw, margin
@@ -124,7 +125,8 @@ def _endless(rng: np.random.Generator, items: NDArray[np.int64], count: int) -> 
 def batches(learner: Learner, samples: SampleSet, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This worker's share of each global batch of an epoch: images `(b, K*C, S, S)`, masks `(b, R, S, S)`.
 
-    In 3D they are patches `(b, C, D, H, W)` around the slices of those numbers.
+    S is smaller in coarse epochs (progressive resizing, Howard & Gugger 2020). In 3D they are patches `(b, C, D, H, W)` around
+    the slices of those numbers.
     """
     config, worker = learner.config, learner.worker
     dimensions, patch = config.network.dimensions, config.prepare.patch
@@ -132,11 +134,18 @@ def batches(learner: Learner, samples: SampleSet, epoch: int) -> Iterator[tuple[
         mine, seed = np.arange(worker.rank, len(numbers), worker.count), (config.seed, epoch, step)
         drawn = draw(config.augment, len(numbers), len(config.modalities), seed, dimensions)
         if patch is None:
-            images, masks = samples.batch(numbers[mine], learner.device)
+            images, masks = (shrunk(x, config.size_in(epoch)) for x in samples.batch(numbers[mine], learner.device))
         else:
             places = draw_places(len(numbers), seed)[mine]
             images, masks = cut(samples, numbers[mine], places, patch, margin(config.augment, patch), learner.device)
         yield apply(images, masks, drawn.rows(mine), config.augment, patch)
+
+
+def shrunk(slices: Tensor, size: int) -> Tensor:
+    """Slices `(B, C, S, S)` in so many pixels a side, each the weighted mean of those under it; untouched where that is S."""
+    if slices.shape[-1] == size:
+        return slices
+    return functional.interpolate(slices, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def train_step(learner: Learner, images: Tensor, masks: Tensor, step: int) -> Tensor:

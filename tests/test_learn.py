@@ -28,6 +28,7 @@ from brainseg.learn import (
     learning_rate,
     make_learner,
     restore,
+    shrunk,
     state_tensors,
     steps_per_epoch,
     train_epoch,
@@ -70,6 +71,52 @@ def samples(entries):
 
 def learner_for(config, samples):
     return make_learner(config, len(samples), CPU, Worker())
+
+
+class TestCoarseEpochs:
+    """Progressive resizing: the first epochs see the same slices in fewer pixels."""
+
+    CONFIG = tiny_config(prepare=PrepareConfig(size=32), coarse_size=16, coarse_share=0.5, epochs=4)
+
+    def test_they_come_first_and_the_last_ones_are_fine(self):
+        assert [self.CONFIG.size_in(epoch) for epoch in range(4)] == [16, 16, 32, 32]
+        assert [tiny_config(epochs=2).size_in(epoch) for epoch in range(2)] == [16, 16]
+
+    def test_a_batch_is_smaller_and_holds_the_same_tumour(self, tmp_path):
+        scan = make_scan((5, 24, 24), seed=1, name="a")
+        held = SampleSet(write_shard([(scan, "binary")], str(tmp_path / "s.bin"), self.CONFIG), 1)
+        learner = learner_for(self.CONFIG.model_copy(update={"coarse_share": 0.25, "seed": 4}), held)
+        coarse, fine = (next(batches(learner, held, epoch)) for epoch in (0, 1))
+        assert coarse[0].shape[2:] == coarse[1].shape[2:] == (16, 16)
+        assert fine[0].shape[2:] == fine[1].shape[2:] == (32, 32)
+        whole = held.batch(np.arange(len(held)), CPU)
+        halves = [shrunk(x, 16) for x in whole]
+        assert torch.allclose(halves[0].mean(), whole[0].mean(), atol=0.02)
+        assert torch.allclose(halves[1].mean(), whole[1].mean(), atol=0.01)
+        assert halves[1].any()
+
+    def test_full_slices_are_left_alone(self):
+        slices = torch.rand(2, 1, 16, 16)
+        assert shrunk(slices, 16) is slices
+
+    @pytest.mark.parametrize(
+        ("wrong", "line"),
+        [
+            ({"coarse_size": 32}, "coarse_size is 32; it must be less than prepare.size, 32"),
+            ({"coarse_size": 17}, "coarse_size is 17; 2 levels need a multiple of 2"),
+            (
+                {
+                    "coarse_size": 16,
+                    "network": NetworkConfig(dimensions=3, widths=(8, 8)),
+                    "prepare": PrepareConfig(size=32, patch=(8, 8, 8)),
+                },
+                "coarse_size is for network.dimensions 2 alone",
+            ),
+        ],
+    )
+    def test_sizes_that_cannot_be_are_refused(self, wrong, line):
+        with pytest.raises(ValueError, match=line):
+            tiny_config(**{"prepare": PrepareConfig(size=32), **wrong})
 
 
 class TestOrder:

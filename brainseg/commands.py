@@ -9,6 +9,7 @@ from brainseg import manifest as manifests
 from brainseg import storage
 from brainseg.aggregate import Rule
 from brainseg.audit import Audit, audit_folds
+from brainseg.card import ModelCard
 from brainseg.config import How, SegmentConfig, TrainConfig, build, override, read_yaml
 from brainseg.console import Bar, Voice
 from brainseg.contents import with_contents
@@ -17,7 +18,6 @@ from brainseg.folds import FoldPlan
 from brainseg.heartbeat import Progress
 from brainseg.layouts import Inventory
 from brainseg.loggers import targets
-from brainseg.model import ModelCard
 from brainseg.presets import PRESETS, preset
 from brainseg.results import describe_model, evaluation_lines, recipe_line
 from brainseg.watch import Price, Watcher

@@ -177,7 +177,7 @@ class TrainConfig(Config):
     coarse_size: Annotated[int | None, Field(ge=16, le=1024)] = None
     """Training begins on slices of so many pixels a side, less than `prepare.size`: more steps in the same time; null: no. What
     is validated is always the network at its full size, so that Dice leaps where the fine epochs begin."""
-    coarse_share: Annotated[float, Field(gt=0, lt=1, description="of the epochs, with `coarse_size`: how many are coarse")] = 0.6
+    coarse_share: Annotated[float, Field(gt=0, lt=1, description="with coarse_size: share of the epochs that is coarse")] = 0.6
     validate_every: Annotated[int, Field(ge=1, description="epochs between validations")] = 1
     patience: Annotated[int | None, Field(ge=1)] = None
     """Validations without a better Dice before stopping; null: never."""

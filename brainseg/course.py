@@ -20,11 +20,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from brainseg import cache, hardware, learn, manifest, overlays, storage, sweep
+from brainseg.card import CHOICES, ModelCard
 from brainseg.config import Config, LesionPreset, SegmentConfig
 from brainseg.errors import BrainsegError, Code, PreflightError, ScanError, StorageError, one_line
 from brainseg.heartbeat import Heartbeat
 from brainseg.held_out import baselines_table, figures, metrics_table, summaries
-from brainseg.model import CHOICES, Model, ModelCard
+from brainseg.model import Model
 from brainseg.prepare import select_modalities
 from brainseg.scans import Scan, load_scan
 from brainseg.scoring import mean_dice, segment_and_score

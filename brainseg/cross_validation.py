@@ -18,11 +18,11 @@ import pyarrow.compute as pc
 
 from brainseg import manifest, storage
 from brainseg.aggregate import RegionSummary, Rule, aggregate, bootstrap_interval
+from brainseg.card import ModelCard, load_card
 from brainseg.config import TrainConfig
 from brainseg.course import BASELINES_FILE, FAILED_FILE, HELD_OUT_CHOSEN_FILE, HELD_OUT_FILE
 from brainseg.ensemble import SUMMARY, fold_model
 from brainseg.errors import BrainsegError, PreflightError
-from brainseg.model import ModelCard, load_card
 from brainseg.scoring import summary_json
 from brainseg.split import folds_of, usable_rows
 from brainseg.train import NOBODY, claimed_before, draft, finished_before, train_model

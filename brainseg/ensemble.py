@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from brainseg import storage
+from brainseg.card import CARD, ModelCard, Split, fingerprint_of, load_card
 from brainseg.config import SegmentConfig
 from brainseg.errors import PreflightError, StorageError, UsageError
-from brainseg.model import CARD, Model, ModelCard, Patients, Segmenter, Split, fingerprint_of, load_card, load_model
+from brainseg.model import Model, Patients, Segmenter, load_model
 from brainseg.scans import Scan
 from brainseg.weights import read_json
 

@@ -21,6 +21,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from brainseg import manifest, runs, storage
+from brainseg.card import Split
 from brainseg.comparison import compare_runs
 from brainseg.errors import Code, PreflightError, RunError, ScanError, StorageError, UsageError
 from brainseg.geometry import Grid
@@ -28,7 +29,6 @@ from brainseg.held_out import Memory, baseline_rows, remember
 from brainseg.lease import Lease
 from brainseg.masks import check_mask, decode_mask, mask_grid
 from brainseg.metrics import TRUST_FROM_NETWORK
-from brainseg.model import Split
 from brainseg.report.cohort import plain
 from brainseg.scans import load_label
 from brainseg.scoring import Answers, score_regions

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainseg import storage
+from brainseg.card import ModelCard
 from brainseg.geometry import to_canonical
-from brainseg.model import Model, ModelCard
+from brainseg.model import Model
 from brainseg.outlines import loops
 from brainseg.regions import label_map
 from brainseg.scans import Scan

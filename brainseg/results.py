@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from brainseg.card import ModelCard
 from brainseg.config import TrainConfig
-from brainseg.model import ModelCard
 
 
 def describe_model(card: ModelCard, out: str) -> str:

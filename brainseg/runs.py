@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainseg import storage
+from brainseg.card import Split
 from brainseg.errors import Code, RunError, StorageError
-from brainseg.model import Split
 from brainseg.storage.place import translated
 from brainseg.tables import METRICS, SCANS
 

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from brainseg.card import ModelCard
 from brainseg.config import Config, SegmentConfig, TrainConfig
-from brainseg.model import ModelCard
 from brainseg.specs import ReportSpec, SegmentSpec, TrainSpec
 from brainseg.tables import TABLES, published
 

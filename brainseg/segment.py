@@ -22,11 +22,11 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from brainseg import inflight, manifest, runs, storage
 from brainseg.autoscaler import Room, grown
 from brainseg.calibrate import measure, sample
+from brainseg.card import CHOICES, ModelCard, resolved
 from brainseg.config import How, SegmentConfig
 from brainseg.ensemble import Members, find_members, refuse_unanswered
 from brainseg.errors import FailureLimitError, PreflightError, StorageError, UsageError
 from brainseg.lease import Lease, refuse_if_held
-from brainseg.model import CHOICES, ModelCard, resolved
 from brainseg.observe import Ear, Onlookers
 from brainseg.plan import DECODE_CPUS, FINISH_CPUS, Costs, Plan, describe_forecast, forecast, make_plan, mode_of
 from brainseg.progress import Progress

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from brainseg.audit import audit_split
+from brainseg.card import Split
 from brainseg.config import TrainConfig
 from brainseg.errors import LeakageError, PreflightError
-from brainseg.model import Split
 
 NUM_FOLDS = 5
 """How many folds are made up where the manifest gives none."""

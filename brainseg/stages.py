@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from brainseg.card import ModelCard
 from brainseg.config import SegmentConfig
 from brainseg.errors import Code, ScanError, StorageError
 from brainseg.geometry import Grid
 from brainseg.masks import encode_mask
-from brainseg.model import ModelCard, Prediction, Segmenter
+from brainseg.model import Prediction, Segmenter
 from brainseg.runs import content_tag
 from brainseg.scans import Scan, load_scan
 from brainseg.scoring import score_regions, with_trust

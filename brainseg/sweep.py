@@ -24,10 +24,11 @@ from torch import Tensor
 
 from brainseg import manifest
 from brainseg.aggregate import Rule
+from brainseg.card import ModelCard, save_card
 from brainseg.config import SegmentConfig
 from brainseg.errors import PreflightError, ScanError, StorageError
 from brainseg.geometry import to_canonical
-from brainseg.model import ModelCard, Segmenter, load_model, save_card
+from brainseg.model import Segmenter, load_model
 from brainseg.postprocess import Smallest
 from brainseg.prepare import canonical_box, select_modalities
 from brainseg.regions import label_map

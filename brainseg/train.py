@@ -22,6 +22,7 @@ import ray.train.torch
 from brainseg import cache, manifest, overlays, storage
 from brainseg.audit import Audit, audit_split
 from brainseg.autoscaler import Room, grown
+from brainseg.card import CARD, ModelCard, Split, load_card
 from brainseg.config import Crew, TrainConfig, read_crew
 from brainseg.course import (
     BASELINES_FILE,
@@ -35,7 +36,7 @@ from brainseg.curves import draw_curves
 from brainseg.errors import BrainsegError, PreflightError, ScanError, StorageError, UsageError
 from brainseg.heartbeat import leaving_word
 from brainseg.loggers import Loggers, flat
-from brainseg.model import CARD, ModelCard, Split, load_card, save_model
+from brainseg.model import save_model
 from brainseg.prepare import select_modalities
 from brainseg.regions import label_map
 from brainseg.report.training import write_training_page

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from brainseg import manifest, runs, storage
+from brainseg.card import Split
 from brainseg.errors import BrainsegError, StorageError, one_line
-from brainseg.model import Split
 from brainseg.runs import FILES_AT_ONCE, PARTS, Seal
 from brainseg.storage.place import is_temporary, translated
 from brainseg.tables import EARLIER_SCANS, METRICS, SCANS

@@ -8,10 +8,11 @@ import pyarrow as pa
 import torch
 from hypothesis import settings
 
+from brainseg.card import ModelCard, Split
 from brainseg.config import AugmentConfig, NetworkConfig, OptimiserConfig, PrepareConfig, SegmentConfig, TrainConfig
 from brainseg.formats.nifti import write_nifti
 from brainseg.geometry import Grid, from_canonical
-from brainseg.model import Model, ModelCard, Split, load_model, save_model
+from brainseg.model import Model, load_model, save_model
 from brainseg.scans import Scan
 from brainseg.tables import MANIFEST
 from brainseg.unet import UNet

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from brainseg import runs, storage
 from brainseg.aggregate import aggregate
 from brainseg.averaging import BATCH, dice_by_every_rule
+from brainseg.card import Split
 from brainseg.formats.images import read_image
 from brainseg.metrics import score_region
-from brainseg.model import Split
 from brainseg.tables import METRICS
 
 PUBLISHED = {

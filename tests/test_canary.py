@@ -15,8 +15,8 @@ import pytest
 from object_stores import BUCKET, moto_server, s3, surroundings
 
 from brainseg import runs, storage
+from brainseg.card import load_card
 from brainseg.cli import main
-from brainseg.model import load_card
 from brainseg.phantom import write_archive
 
 CANARY = "CANARY"

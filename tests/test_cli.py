@@ -10,11 +10,11 @@ import factory
 import pytest
 
 from brainseg import runs
+from brainseg.card import fingerprint_of, load_card
 from brainseg.cli import main
 from brainseg.config import SegmentConfig
 from brainseg.errors import ExitCode
 from brainseg.manifest import fingerprint, index_archive, write_manifest
-from brainseg.model import fingerprint_of, load_card
 from brainseg.phantom import write_archive
 
 ROOT = Path(__file__).parents[1]

@@ -8,11 +8,11 @@ import pytest
 
 from brainseg import commands, manifest, storage
 from brainseg.aggregate import aggregate, bootstrap_interval
+from brainseg.card import load_card
 from brainseg.config import NetworkConfig, PrepareConfig, TrainConfig
 from brainseg.cross_validation import OUT_OF_FOLD, OUT_OF_FOLD_CHOSEN, SUMMARY, cross_validate, describe
 from brainseg.errors import PreflightError, StorageError, UsageError
 from brainseg.folds import FoldPlan
-from brainseg.model import load_card
 from brainseg.phantom import write_archive
 from brainseg.tables import BASELINES, METRICS
 

@@ -11,10 +11,11 @@ import torch
 from factory import CPU, make_card, make_model, make_scan, tiny_config, write_scan
 
 from brainseg import manifest, runs, segment, storage
+from brainseg.card import Split, fingerprint_of, load_card, resolved, save_card
 from brainseg.config import How, NetworkConfig, PrepareConfig, SegmentConfig
 from brainseg.ensemble import SUMMARY, find_members, fold_model, joint_split, load_segmenter, may_answer
 from brainseg.errors import PreflightError, RunError, UsageError
-from brainseg.model import Model, Split, fingerprint_of, load_card, resolved, save_card
+from brainseg.model import Model
 from brainseg.tables import MANIFEST
 
 ALL, OUT_OF_FOLD = SegmentConfig(), SegmentConfig(members="out-of-fold")

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pytest
 
 from brainseg import manifest, report, runs, storage
+from brainseg.card import Split
 from brainseg.cli import app
 from brainseg.config import SegmentConfig
 from brainseg.errors import PreflightError, RunError, UsageError
 from brainseg.evaluate import compare_evaluations, evaluate_run
 from brainseg.formats.nifti import read_nifti, write_nifti
 from brainseg.geometry import Grid
-from brainseg.model import Prediction, Split
+from brainseg.model import Prediction
 from brainseg.phantom import write_archive
 from brainseg.scans import load_scan
 from brainseg.stages import Job, Work, finish

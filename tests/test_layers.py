@@ -20,6 +20,7 @@ LAYERS = """
     formats surfaces lesions postprocess metrics aggregate averaging comparison
     contrasts layouts readers scans prepare thumbnails masks augment sliding cache patches
     weights
+    card
     model
     ensemble
     contents audit folds manifest lease inflight runs verify clean baselines split scoring sweep learn curves overlays

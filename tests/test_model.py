@@ -14,10 +14,11 @@ from factory import CPU, make_card, make_model, make_network, make_scan, tiny_co
 from torch import nn
 
 from brainseg import storage
+from brainseg.card import CARD, Split, fingerprint_of, load_card
 from brainseg.config import NetworkConfig, PrepareConfig, SegmentConfig
 from brainseg.errors import Code, PreflightError, ScanError
 from brainseg.geometry import to_canonical
-from brainseg.model import CARD, WEIGHTS, Model, Split, fingerprint_of, load_card, load_model, save_model
+from brainseg.model import WEIGHTS, Model, load_model, save_model
 
 LOW = SegmentConfig(threshold=0.12)
 """About what an untrained network says of everything, so that some voxels fall on either side."""

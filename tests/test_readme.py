@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from brainseg import runs, storage
+from brainseg.card import Split
 from brainseg.errors import Code, ExitCode
 from brainseg.geometry import Grid
 from brainseg.manifest import LAYOUTS
 from brainseg.metrics import score_scan
-from brainseg.model import Split
 from brainseg.presets import PRESETS
 from brainseg.regions import label_map
 from brainseg.report import summary

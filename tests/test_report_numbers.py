@@ -89,7 +89,7 @@ def test_headline_figures_are_those_of_a_database(run):
 @pytest.mark.parametrize("room_bytes", [measured.ROOM_BYTES, 600], ids=["whole", "a column at a time"])
 def test_a_finished_run_is_read_from_its_flat_table_and_gives_the_same(rows, tmp_path, monkeypatch, room_bytes):
     from brainseg import runs
-    from brainseg.model import Split
+    from brainseg.card import Split
 
     monkeypatch.setattr(measured, "ROOM_BYTES", room_bytes)
     done = write_run(tmp_path / "run", rows)

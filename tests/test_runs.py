@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainseg import runs, storage
+from brainseg.card import Split
 from brainseg.errors import RunError, StorageError
 from brainseg.metrics import score_region
-from brainseg.model import Split
 from brainseg.runs import Identity
 from brainseg.tables import METRICS, SCANS
 

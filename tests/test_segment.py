@@ -13,11 +13,12 @@ import ray
 import torch
 
 from brainseg import manifest, runs, segment, storage
+from brainseg.card import ModelCard, Split
 from brainseg.clean import clean_run
 from brainseg.cli import main
 from brainseg.config import How, NetworkConfig, PrepareConfig, SegmentConfig, TrainConfig
 from brainseg.errors import ClusterError, ExitCode, FailureLimitError, PreflightError, RunError
-from brainseg.model import ModelCard, Split, save_model
+from brainseg.model import save_model
 from brainseg.phantom import write_archive
 from brainseg.session import connect
 from brainseg.tables import METRICS, SCANS

@@ -17,10 +17,11 @@ from torch import nn
 
 from brainseg import commands, manifest, storage
 from brainseg.aggregate import aggregate
+from brainseg.card import CARD, Split, fingerprint_of, load_card, resolved, save_card
 from brainseg.config import NetworkConfig, PrepareConfig, SegmentConfig, build
 from brainseg.console import Voice
 from brainseg.errors import ConfigError, PreflightError, UsageError
-from brainseg.model import CARD, WEIGHTS, Split, fingerprint_of, load_card, load_model, resolved, save_card, save_model
+from brainseg.model import WEIGHTS, load_model, save_model
 from brainseg.results import describe_model
 from brainseg.scoring import score_regions
 from brainseg.segment import segment_archive

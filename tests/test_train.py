@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from brainseg import manifest, storage
+from brainseg.card import load_card
 from brainseg.config import AugmentConfig, LossConfig, NetworkConfig, OptimiserConfig, PrepareConfig, SegmentConfig, TrainConfig
 from brainseg.errors import PreflightError, UsageError
-from brainseg.model import load_card, load_model
+from brainseg.model import load_model
 from brainseg.phantom import write_archive
 from brainseg.train import cost, train_model
 from brainseg.watch import Price

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from brainseg import storage
 from brainseg.aggregate import bootstrap_interval
+from brainseg.card import Split, save_card
 from brainseg.errors import PreflightError
-from brainseg.model import Split, save_card
 from brainseg.presets import preset
 from brainseg.report import figures
 from brainseg.report.folds import write_folds_page

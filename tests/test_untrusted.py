@@ -18,11 +18,12 @@ from object_stores import moto_store
 from safetensors.torch import load, save
 
 from brainseg import cache, storage
+from brainseg.card import CARD
 from brainseg.config import NetworkConfig, SegmentConfig
 from brainseg.course import restored
 from brainseg.errors import BrainsegError, ScanError, StorageError, UsageError
 from brainseg.learn import Worker, make_learner, state_tensors
-from brainseg.model import CARD, WEIGHTS, load_model, save_model
+from brainseg.model import WEIGHTS, load_model, save_model
 
 PACKAGE = Path(__file__).parents[1] / "brainseg"
 MOST_SECONDS, MOST_BYTES = 5.0, 2 << 30

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from object_stores import moto_store
 
 from brainseg import manifest, runs, storage
+from brainseg.card import Split
 from brainseg.metrics import score_region
-from brainseg.model import Split
 from brainseg.runs import Identity
 from brainseg.tables import MANIFEST, METRICS, SCANS
 from brainseg.verify import verify_run

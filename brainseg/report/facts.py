@@ -78,7 +78,7 @@ class Run:
     def places(self) -> tuple[str, dict[str, str]]:
         """The column that the model's split is about, and for each of its ids the side: one of `SPLITS`.
 
-        As `model.Split.part_of`, which is not imported: a report needs no torch.
+        As `card.Split.part_of`, which is not imported: a report needs no torch.
         """
         split = self.model.get("split") or {}
         column = "scan_id" if split.get("unit") == "scan" else "patient_id"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from brainseg import storage
+from brainseg.card import ModelCard, load_card
 from brainseg.errors import PreflightError
-from brainseg.model import ModelCard, load_card
 from brainseg.report.baselines import words
 from brainseg.report.page import template
 from brainseg.report.training import PAGE, write_training_page

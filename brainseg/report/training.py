@@ -17,8 +17,8 @@ from markupsafe import Markup
 from brainseg import storage
 from brainseg.aggregate import aggregate, bootstrap_interval
 from brainseg.audit import Audit
+from brainseg.card import ModelCard, load_card
 from brainseg.loggers import flat
-from brainseg.model import ModelCard, load_card
 from brainseg.presets import PRESETS
 from brainseg.report import figures
 from brainseg.report.baselines import not_beaten, words

@@ -9,8 +9,10 @@ what was promised.
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -25,11 +27,13 @@ __all__ = [
     "Entry",
     "Leftover",
     "absolute",
+    "ahead",
     "check_readable",
     "check_writable",
     "create_bytes",
     "delete",
     "delete_tree",
+    "digest",
     "exists",
     "is_dir",
     "is_remote",
@@ -40,14 +44,18 @@ __all__ = [
     "parent_of",
     "read_bytes",
     "read_json",
+    "read_pieces",
     "read_table",
     "read_text",
     "remove_leftover",
     "write_bytes",
     "write_json",
+    "write_pieces",
     "write_table",
     "write_text",
 ]
+
+T = TypeVar("T")
 
 PREFLIGHT_S = 9.0
 LEFTOVER_AGE_S = 3600.0
@@ -83,6 +91,23 @@ def is_dir(uri: str) -> bool:
 def read_bytes(uri: str) -> bytes:
     """Return a whole object. Raises StorageError where it is missing, not a regular file, cut short, damaged or refused."""
     return _store(uri).read_bytes(uri)
+
+
+def digest(uri: str) -> tuple[int, str]:
+    """Return how many bytes a whole object has, and their sha256, in little memory. Raises as `read_bytes` does."""
+    return _store(uri).digest(uri)
+
+
+def ahead(read: Callable[[str], T], uris: Iterable[str], at_once: int) -> Iterator[T]:
+    """Yield what `read` gives for each place, in order; `at_once` are read side by side, and few more than have been taken."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(at_once) as pool:
+        for uri in uris:
+            waiting.append(pool.submit(read, uri))
+            if len(waiting) > 2 * at_once:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -192,3 +217,13 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
 def write_table(uri: str, table: pa.Table, *, row_group_rows: int = 64) -> None:
     """Write a Parquet table whole: zstd, page checksums, row groups small enough to fetch a few masks without the rest."""
     parquet.write_table(_store(uri), uri, table, row_group_rows)
+
+
+def read_pieces(uri: str) -> Iterator[pa.Table]:
+    """Yield a Parquet table row group by row group, for one that is large. Raises StorageError when torn."""
+    return parquet.read_pieces(_store(uri), uri)
+
+
+def write_pieces(uri: str, schema: pa.Schema, pieces: Iterable[pa.Table], *, row_group_rows: int) -> None:
+    """Write a Parquet table that comes in pieces of any size, as `write_table` does: it appears whole, or not at all."""
+    parquet.write_pieces(_store(uri), uri, schema, pieces, row_group_rows)

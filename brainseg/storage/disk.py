@@ -1,12 +1,13 @@
 """Local disk: files as they are, written beside their place and then renamed."""
 
+import hashlib
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -25,6 +26,8 @@ from brainseg.storage.place import (
 
 VOLUME_ENDINGS = (".nii", ".nii.gz")
 """A folder that is named like a volume is listed besides being entered: a scan may be waiting for that volume."""
+
+PIECE_BYTES = 1 << 20
 
 
 class LocalDisk:
@@ -52,9 +55,19 @@ class LocalDisk:
         with translated("read", uri), open(uri, "rb", buffering=0, opener=_open_at_once) as file:
             size_bytes = _regular_size(uri, os.fstat(file.fileno()))
             data = file.readall()
-        if len(data) < size_bytes:
-            raise StorageError(f"could not read {uri}: got {len(data)} of {size_bytes} bytes")
+        _check_whole(uri, len(data), size_bytes)
         return data
+
+    def digest(self, uri: str) -> tuple[int, str]:
+        """Size and sha256 of a whole file."""
+        digest, read = hashlib.sha256(), 0
+        with translated("read", uri), open(uri, "rb", buffering=0, opener=_open_at_once) as file:
+            size_bytes = _regular_size(uri, os.fstat(file.fileno()))
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
+                read += len(piece)
+        _check_whole(uri, read, size_bytes)
+        return read, digest.hexdigest()
 
     def open_table(self, uri: str, columns: list[str] | None) -> Any:
         """Open a file for pyarrow, which reads only what it needs."""
@@ -66,6 +79,15 @@ class LocalDisk:
         """Write beside the target and rename. A killed writer can leave a temporary file there, never half a target."""
         with translated("write", uri), _beside(Path(uri), data) as written:
             written.replace(uri)
+
+    @contextmanager
+    def writing(self, uri: str) -> Iterator[BinaryIO]:
+        """Open a temporary file beside the target, whose name it gets at the end."""
+        with translated("write", uri), _temporary(Path(uri)) as beside:
+            with beside.open("xb") as file:
+                yield file
+                _sync(file)
+            beside.replace(uri)
 
     def create_bytes(self, uri: str, data: bytes) -> bool:
         """Write beside the target and link it in under its name, which fails where the name is taken.
@@ -184,28 +206,43 @@ def _regular_size(uri: str, status: os.stat_result) -> int:
     return status.st_size
 
 
+def _check_whole(uri: str, read: int, size_bytes: int) -> None:
+    if read < size_bytes:
+        raise StorageError(f"could not read {uri}: got {read} of {size_bytes} bytes")
+
+
 @contextmanager
-def _beside(target: Path, data: bytes) -> Iterator[Path]:
-    """The data in a synced temporary file beside the target, for as long as the block takes to give it its name."""
+def _temporary(target: Path) -> Iterator[Path]:
+    """A free name beside the target, for as long as the block takes to write a file there and give it another name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.parent / temporary_name("tmp")
     try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         yield beside
     finally:
         beside.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
 
+@contextmanager
+def _beside(target: Path, data: bytes) -> Iterator[Path]:
+    """The data in a synced temporary file beside the target, for as long as the block takes to give it its name."""
+    with _temporary(target) as beside:
+        with beside.open("xb") as file:
+            file.write(data)
+            _sync(file)
+        yield beside
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _create_in_place(uri: str, data: bytes) -> bool:
     try:
         with open(uri, "xb") as file:  # noqa: PTH123 - one call that both tests and makes
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
     except FileExistsError:
         return False
     return True

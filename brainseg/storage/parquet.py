@@ -1,6 +1,6 @@
-"""Tables: Parquet, written whole and read by column. Built in memory, since a stream that fails half-way still publishes."""
+"""Tables: Parquet, written whole and read by column, or in pieces where a table is larger than memory should have to be."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +21,7 @@ def read_table(store: Store, uri: str, columns: list[str] | None) -> pa.Table:
     """Return a Parquet table, or only some of its columns. Raises StorageError when torn, or when a column is absent."""
     with translated("read as Parquet", uri), store.open_table(uri, columns) as source, _opened(source) as file:
         if isinstance(source, RangedFile) and columns is not None:
-            source.prefetch(_chunks(file.metadata, frozenset(columns)))
+            source.prefetch(_chunks(file.metadata, frozenset(columns), range(file.metadata.num_row_groups)))
         table = file.read(columns=columns, use_threads=file.metadata.num_rows > FEW_ROWS)
         there = frozenset(table.column_names)
         missing = [c for c in columns or () if c not in there]
@@ -30,13 +30,24 @@ def read_table(store: Store, uri: str, columns: list[str] | None) -> pa.Table:
         return table
 
 
+def read_pieces(store: Store, uri: str) -> Iterator[pa.Table]:
+    """Yield a Parquet table row group by row group, of which one is in memory. Raises StorageError when torn."""
+    with translated("read as Parquet", uri), store.open_table(uri, []) as source, _opened(source) as file:
+        columns = frozenset(file.schema_arrow.names)
+        for number in range(file.metadata.num_row_groups):
+            if isinstance(source, RangedFile):
+                source.forget()
+                source.prefetch(_chunks(file.metadata, columns, [number]))
+            yield file.read_row_group(number)
+
+
 def _opened(source: Any) -> pq.ParquetFile:
     return pq.ParquetFile(source, page_checksum_verification=True)
 
 
-def _chunks(metadata: pq.FileMetaData, columns: frozenset[str]) -> Iterator[tuple[int, int]]:
-    """Where the chunks of these columns lie, all row groups of them, as [start, end) in the file."""
-    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+def _chunks(metadata: pq.FileMetaData, columns: frozenset[str], groups: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Where the chunks of these columns in these row groups lie, as [start, end) in the file."""
+    for group in (metadata.row_group(i) for i in groups):
         for chunk in (group.column(i) for i in range(group.num_columns)):
             if chunk.path_in_schema.split(".")[0] in columns:
                 start = min(p for p in (chunk.dictionary_page_offset, chunk.data_page_offset) if p is not None)
@@ -45,12 +56,35 @@ def _chunks(metadata: pq.FileMetaData, columns: frozenset[str]) -> Iterator[tupl
 
 def write_table(store: Store, uri: str, table: pa.Table, row_group_rows: int) -> None:
     """Write a Parquet table whole: zstd, page checksums, row groups small enough to fetch a few masks without the rest."""
-    small = _leaf_columns(table.schema)
     sink = pa.BufferOutputStream()
     with translated("write as Parquet", uri):
-        how = {"compression": "zstd", "use_dictionary": small, "write_statistics": small, "write_page_checksum": True}
-        pq.write_table(table, sink, row_group_size=row_group_rows, **how)
+        pq.write_table(table, sink, row_group_size=row_group_rows, **_how(table.schema))
     store.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def write_pieces(store: Store, uri: str, schema: pa.Schema, pieces: Iterable[pa.Table], row_group_rows: int) -> None:
+    """Write a Parquet table that comes in pieces, one row group of it in memory at a time; it appears whole, as any other."""
+    with store.writing(uri) as sink, pq.ParquetWriter(sink, schema, **_how(schema)) as writer:
+        for group in _of_equal_size(pieces, row_group_rows):
+            writer.write_table(group, row_group_size=row_group_rows)
+
+
+def _of_equal_size(pieces: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of this many, the last one of fewer."""
+    held: list[pa.Table] = []
+    for piece in pieces:
+        held.append(piece)
+        while sum(table.num_rows for table in held) >= rows:
+            together = pa.concat_tables(held)
+            yield together.slice(0, rows)
+            held = [together.slice(rows)]
+    if any(table.num_rows for table in held):
+        yield pa.concat_tables(held)
+
+
+def _how(schema: pa.Schema) -> dict[str, Any]:
+    small = _leaf_columns(schema)
+    return {"compression": "zstd", "use_dictionary": small, "write_statistics": small, "write_page_checksum": True}
 
 
 def _leaf_columns(schema: pa.Schema) -> list[str]:

@@ -4,10 +4,10 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 from uuid import uuid4
 
 import pyarrow as pa
@@ -63,11 +63,17 @@ class Store(Protocol):
     def read_bytes(self, uri: str) -> bytes:
         """Return a whole file, proven as far as the store allows."""
 
+    def digest(self, uri: str) -> tuple[int, str]:
+        """How many bytes a whole file has, proven as when it is read, and their sha256; a piece is in memory at a time."""
+
     def open_table(self, uri: str, columns: list[str] | None) -> Any:
         """Open a Parquet file for pyarrow, so that reading some columns costs little more than they are large."""
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         """Write a whole file atomically."""
+
+    def writing(self, uri: str) -> AbstractContextManager[BinaryIO]:
+        """A file to write piece by piece. It appears whole when the block ends well; when it fails nothing has happened."""
 
     def create_bytes(self, uri: str, data: bytes) -> bool:
         """Write a file that must not be there yet; False where another one is."""

@@ -14,12 +14,16 @@ class RangedFile(io.RawIOBase):
     def __init__(self, size_bytes: int, fetch: Callable[[int, int], bytes], tail: bytes = b"") -> None:
         super().__init__()
         self.size_bytes, self._fetch, self._place = size_bytes, fetch, 0
-        self._pieces = {size_bytes - len(tail): tail}
+        self._tail, self._pieces = tail, {size_bytes - len(tail): tail}
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Bring these ranges [start, end), joined where they are near each other."""
         for start, end in coalesced(ranges):
             self._bytes_at(start, end)
+
+    def forget(self) -> None:
+        """Keep nothing but the tail of what came."""
+        self._pieces = {self.size_bytes - len(self._tail): self._tail}
 
     def _bytes_at(self, start: int, end: int) -> bytes:
         begins = sorted(self._pieces)

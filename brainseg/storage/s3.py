@@ -6,10 +6,13 @@ has no ETag of its own: over plain HTTP it is fetched twice and compared. A page
 HTTP its form is proven, its count and its prefix, not every letter.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
+from tempfile import TemporaryFile
 from time import sleep
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -86,6 +89,11 @@ class ObjectStore:
         """Return a whole object."""
         return bytes(self._whole("read", uri, s3_requests.read))
 
+    def digest(self, uri: str) -> tuple[int, str]:
+        """Size and sha256 of a whole object."""
+        found: tuple[int, str] = self._whole("read", uri, s3_requests.digest)
+        return found
+
     def open_table(self, uri: str, columns: list[str] | None) -> Any:
         """The whole object in memory, or, for some of its columns, its tail and a way to fetch what else is needed."""
         if columns is None:
@@ -104,7 +112,14 @@ class ObjectStore:
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         """Put a whole object, up to 5 GiB of it."""
-        self._whole("write", uri, _put(uri, data).replace)
+        self._whole("write", uri, _put(uri, data, len(data)).replace)
+
+    @contextmanager
+    def writing(self, uri: str) -> Iterator[BinaryIO]:
+        """Open a file of this machine that has no name; what it holds is put as one object at the end."""
+        with translated("write", uri), TemporaryFile() as file:
+            yield file
+            self._whole("write", uri, _put(uri, file, file.seek(0, os.SEEK_END)).replace)
 
     def create_bytes(self, uri: str, data: bytes) -> bool:
         """Put an object under the condition that there is none.
@@ -113,7 +128,7 @@ class ObjectStore:
         object is looked for first, and read back when the writers that passed the condition at the same moment are done: the
         last of them has won. The data must tell the writers apart.
         """
-        put = _put(uri, data)
+        put = _put(uri, data, len(data))
 
         def mine(attempt: Attempt, bucket: str, key: str) -> bool:
             if not is_aws(attempt):
@@ -184,11 +199,11 @@ class ObjectStore:
             self._whole("end the upload of", leftover.uri, s3_requests.abort_upload, leftover.token, missing=None)
 
 
-def _put(uri: str, data: bytes) -> s3_requests.Put:
-    if len(data) > MOST_BYTES:
-        raise StorageError(one_line("write", uri, f"it has {len(data)} bytes; the most for one object is {MOST_BYTES}"))
+def _put(uri: str, data: bytes | BinaryIO, size_bytes: int) -> s3_requests.Put:
+    if size_bytes > MOST_BYTES:
+        raise StorageError(one_line("write", uri, f"it has {size_bytes} bytes; the most for one object is {MOST_BYTES}"))
     with translated("write", uri):
-        return s3_requests.Put(data)
+        return s3_requests.Put(data, size_bytes)
 
 
 def _folder(uri: str) -> str:

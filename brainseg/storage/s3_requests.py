@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from socket import SHUT_RDWR
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes
 
 from brainseg.errors import StorageError
@@ -54,6 +54,18 @@ def read(attempt: Attempt, bucket: str, key: str) -> bytes:
     return data
 
 
+def digest(attempt: Attempt, bucket: str, key: str) -> tuple[int, str]:
+    """Return size and sha256 of a whole object, which is proven as by `read`."""
+    answer = attempt.client.get_object(Bucket=bucket, Key=key)
+    sha256, md5, size_bytes = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
+    for piece in _pieces(attempt, answer):
+        sha256.update(piece)
+        md5.update(piece)
+        size_bytes += len(piece)
+    _check_md5(answer, md5.hexdigest())
+    return size_bytes, sha256.hexdigest()
+
+
 @dataclass(frozen=True)
 class Range:
     """Some bytes of an object, and its whole size and tag."""
@@ -90,15 +102,19 @@ def _read_range(attempt: Attempt, bucket: str, key: str, wanted: str) -> Range:
 
 
 def _body(attempt: Attempt, answer: Any) -> bytes:
-    promised, chunks = int(answer["ContentLength"]), []
+    return b"".join(_pieces(attempt, answer))
+
+
+def _pieces(attempt: Attempt, answer: Any) -> Iterator[bytes]:
+    """A body piece by piece. DamagedError where it ends before or after the length that was promised."""
+    promised, read = int(answer["ContentLength"]), 0
     attempt.allow(promised)
     with closing(answer["Body"]) as body, _cut_off(body, attempt.left_s()):  # as a context it would be urllib3's own
-        while chunk := body.read(CHUNK_BYTES):
-            chunks.append(chunk)
-    data = b"".join(chunks)
-    if len(data) != promised:
-        raise DamagedError(f"got {len(data)} of {promised} bytes")
-    return data
+        while piece := body.read(CHUNK_BYTES):
+            read += len(piece)
+            yield piece
+    if read != promised:
+        raise DamagedError(f"got {read} of {promised} bytes")
 
 
 @contextmanager
@@ -139,21 +155,25 @@ def _check_md5(answer: Any, md5: str) -> None:
 
 
 class Put:
-    """One object that is to be there. Several attempts may be needed to bring it, or to learn that it has arrived."""
+    """One object that is to be there. Several attempts may be needed to bring it, or to learn that it has arrived.
 
-    def __init__(self, data: bytes) -> None:
-        digest = hashlib.md5(data, usedforsecurity=False)
-        self._data, self._md5, self._digest = data, digest.hexdigest(), base64.b64encode(digest.digest()).decode()
+    Its data are in memory, or in a file if they are large.
+    """
+
+    def __init__(self, data: bytes | BinaryIO, size_bytes: int) -> None:
+        md5 = _md5_of(data)
+        self._data, self._size_bytes = data, size_bytes
+        self._md5, self._digest = md5.hex(), base64.b64encode(md5).decode()
 
     def replace(self, attempt: Attempt, bucket: str, key: str) -> None:
         """Put it, unless it turns out that an earlier attempt whose answer was lost has."""
-        attempt.allow(len(self._data))
+        attempt.allow(self._size_bytes)
         if attempt.is_first or not self._has_arrived(attempt, bucket, key):
             self._send(attempt, bucket, key)
 
     def if_absent(self, attempt: Attempt, bucket: str, key: str) -> bool:
         """Put it under the condition that nothing is there; False where something is."""
-        attempt.allow(len(self._data))
+        attempt.allow(self._size_bytes)
         try:
             self._send(attempt, bucket, key, IfNoneMatch="*")
         except refusal() as error:
@@ -175,6 +195,8 @@ class Put:
 
     def _send(self, attempt: Attempt, bucket: str, key: str, **conditions: str) -> None:
         proof = {} if adds_checksums(attempt) else {"ContentMD5": self._digest}
+        if not isinstance(self._data, bytes):
+            self._data.seek(0)
         answer = attempt.client.put_object(Bucket=bucket, Key=key, Body=self._data, **proof, **conditions)
         _check_md5(answer, self._md5)
 
@@ -182,7 +204,14 @@ class Put:
         if not is_taken(attempt, bucket, key):
             return False
         found = head(attempt, bucket, key)
-        return int(found["ContentLength"]) == len(self._data) and _plain_md5(found) == self._md5
+        return int(found["ContentLength"]) == self._size_bytes and _plain_md5(found) == self._md5
+
+
+def _md5_of(data: bytes | BinaryIO) -> bytes:
+    if isinstance(data, bytes):
+        return hashlib.md5(data, usedforsecurity=False).digest()
+    data.seek(0)
+    return hashlib.file_digest(data, lambda: hashlib.md5(usedforsecurity=False)).digest()
 
 
 def is_taken(attempt: Attempt, bucket: str, key: str) -> bool:

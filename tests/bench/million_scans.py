@@ -19,8 +19,8 @@ import pyarrow as pa
 from million_rows import PNG, REGIONS, SCANS_A_PART, _info, _rows
 
 from brainseg import manifest, report, runs, storage, verify
+from brainseg.card import Split
 from brainseg.config import How
-from brainseg.model import Split
 from brainseg.plan import Costs, make_plan
 from brainseg.progress import Progress
 from brainseg.session import Cluster

@@ -22,8 +22,8 @@ from faults import victims
 from heads import free_ports, ray_head, ray_node
 
 from brainseg import manifest, storage
+from brainseg.card import CARD, load_card
 from brainseg.errors import ExitCode
-from brainseg.model import CARD, load_card
 from brainseg.phantom import write_archive
 
 SETTINGS = (

@@ -6,15 +6,16 @@ Nothing in it is executed, and nothing of it is believed before it is checked.
 import hashlib
 import json
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from brainseg import storage
 from brainseg.config import Config, NetworkConfig, PrepareConfig, SegmentConfig, TrainConfig, misfit
-from brainseg.errors import ConfigError, PreflightError, StorageError, one_line
+from brainseg.errors import ConfigError, PreflightError, StorageError, UsageError, one_line
 from brainseg.regions import label_map
+from brainseg.shipped import place_of
 from brainseg.weights import read_json
 
 CARD = "model.json"
@@ -41,6 +42,15 @@ class Split(Config):
     def whereabouts(self) -> dict[str, str]:
         """Everybody the training met -> the part they stand in; test where somebody stands in several."""
         return {who: part for part in ("train", "validation", "test") for who in getattr(self, part)}
+
+
+class Terms(Config):
+    """On what conditions a model may be used, in its maker's words."""
+
+    data: Annotated[str, Field(max_length=500, description="what it was trained on, whose that is, and where it comes from")]
+    licence: Annotated[str, Field(max_length=100, description="of the weights, such as CC BY 4.0")]
+    commercial: Annotated[bool, Field(description="whether the licence allows commercial use")]
+    unfit_for: Annotated[str, Field(max_length=1000, description="what it must not be used for")]
 
 
 class ModelCard(Config):
@@ -70,6 +80,15 @@ class ModelCard(Config):
     versions: dict[str, str]
     created_at: str
     weights_sha256: str
+    terms: Terms | None = None
+    """None: nobody has said any; whoever trained it knows."""
+
+
+def refuse_unaccepted(card: ModelCard, *, accepted: bool) -> None:
+    """UsageError where a model's licence allows no commercial use and nobody has said that this use is none."""
+    if card.terms and not card.terms.commercial and not accepted:
+        terms = f"the weights of model '{card.name}' are under {card.terms.licence}, which allows no commercial use"
+        raise UsageError(f"{terms}; --accept-noncommercial says that yours is none")
 
 
 def fingerprint_of(card: ModelCard) -> str:
@@ -90,7 +109,7 @@ def load_card(uri: str) -> ModelCard:
     """Read a model's card; PreflightError says what is wrong with the folder."""
     where = f"{uri}/{CARD}"
     try:
-        body = read_json(storage.join(uri, CARD))
+        body = read_json(storage.join(place_of(uri), CARD))
     except StorageError as error:
         raise PreflightError(f"{uri}: not a model folder ({error})") from error
     try:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from brainseg import __version__, cli_jobs
+from brainseg import __version__, cli_jobs, cli_models
 from brainseg.environment import prepare_environment
 from brainseg.errors import BrainsegError, ExitCode, UsageError
 from brainseg.events import LOG_FORMAT, LogFormat, choose_log_format, last_words
@@ -165,7 +165,8 @@ def segment(
     model: Annotated[
         list[str],
         typer.Option(
-            help="The model folder. Several, or that of a cross-validation, are an ensemble: their probabilities are averaged."
+            help="A model folder, or the name of a model that ships (`brainseg models`). Several, or the folder of a "
+            "cross-validation, are an ensemble: their probabilities are averaged."
         ),
     ],
     out: Annotated[str, typer.Option(help="The run folder. An unfinished run of the same kind is taken up again.")],
@@ -186,6 +187,10 @@ def segment(
     scans_per_part: Annotated[
         int | None, typer.Option(min=1, help="Default: at most 32, and what takes an actor about 20 s.")
     ] = None,
+    accept_noncommercial: Annotated[
+        bool,
+        typer.Option("--accept-noncommercial", help="Your use is no commercial one, which some models' licences do not allow."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, take a few scans the whole way, say what a run would take.")
     ] = False,
@@ -202,7 +207,7 @@ def segment(
 
     choose_log_format(log_format)
     words = {"max_failures": max_failures, "mode": plan, "actors": actors, "scan_seconds": scan_seconds, "dry_run": dry_run}
-    words |= {"decode_tasks": decode_tasks, "scans_per_part": scans_per_part}
+    words |= {"decode_tasks": decode_tasks, "scans_per_part": scans_per_part, "accept_noncommercial": accept_noncommercial}
     words |= {"price_per_hour": price_per_hour, "currency": currency}
     how = build(How, words, "segment")
     counts = commands.segment(source, model, out, Voice(quiet=quiet, as_json=json_), how, set_ or [])
@@ -374,6 +379,7 @@ def schemas(out: Annotated[str, typer.Option(help="Folder to write the contracts
 
 app.command()(cli_jobs.submit)
 app.add_typer(cli_jobs.jobs, name="jobs")
+app.add_typer(cli_models.models, name="models")
 
 
 @app.callback(invoke_without_command=True)

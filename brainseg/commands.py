@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brainseg import manifest as manifests
-from brainseg import storage
+from brainseg import shipped, storage
 from brainseg.aggregate import Rule
 from brainseg.audit import Audit, audit_folds
-from brainseg.card import ModelCard
+from brainseg.card import CARD, ModelCard, Terms, load_card
 from brainseg.config import How, SegmentConfig, TrainConfig, build, override, read_yaml
 from brainseg.console import Bar, Voice
 from brainseg.contents import with_contents
@@ -19,7 +19,7 @@ from brainseg.heartbeat import Progress
 from brainseg.layouts import Inventory
 from brainseg.loggers import targets
 from brainseg.presets import PRESETS, preset
-from brainseg.results import describe_model, evaluation_lines, recipe_line
+from brainseg.results import describe_model, evaluation_lines, recipe_line, shipped_words
 from brainseg.watch import Price, Watcher
 
 DEFAULT_PRESETS = {"lgg": "lgg-strong", "figshare": "figshare-strong", "brats": "brats-strong", "h5slices": "brats-strong"}
@@ -189,7 +189,7 @@ def segment(
     """Bulk-segment and say the counts."""
     settings = build(SegmentConfig, override({}, assignments), "segment")
     named = [models] if isinstance(models, str) else models
-    archive, folders, run = _source(source), [_source(model) for model in named], _target(out)
+    archive, folders, run = _source(source), [_model(model) for model in named], _target(out)
     from brainseg.observe import Ear
     from brainseg.segment import segment_archive
 
@@ -338,6 +338,23 @@ def presets(voice: Voice) -> None:
     voice.result(body, "\n".join(lines))
 
 
+def models(voice: Voice) -> None:
+    """Say what is to be known of each model that ships."""
+    from brainseg.release import described
+
+    known = [described(load_card(name)) for name in shipped.names()]
+    voice.result({"models": known}, "\n\n".join(shipped_words(each) for each in known) or "no model ships with this version")
+
+
+def release(model: str, out: str, name: str, words: Mapping[str, Any], voice: Voice) -> ModelCard:
+    """Make a trained model ready to be given away; says how large it is."""
+    from brainseg.release import release as make
+
+    card = make(_source(model), _target(out), name, build(Terms, dict(words), "terms"))
+    voice.result({"model": out, "name": name}, f"model '{name}' under {words['licence']} -> {out}")
+    return card
+
+
 def phantom(out: str, layout: str, scans: int, broken: int, seed: int, voice: Voice) -> list[tuple[str, str]]:
     """Write synthetic heads; says which were damaged and how."""
     from brainseg.phantom import write_archive
@@ -354,6 +371,16 @@ def _source(uri: str) -> str:
     place = storage.absolute(uri)
     storage.check_readable(place)
     return place
+
+
+def _model(uri: str) -> str:
+    """A model folder, absolute, or the name of a model that ships; a folder of that name in sight goes before it."""
+    if uri in shipped.names() and not storage.exists(storage.join(storage.absolute(uri), CARD)):
+        return uri
+    try:
+        return _source(uri)
+    except PreflightError as error:
+        raise PreflightError(f"{error}; the models that ship are {', '.join(shipped.names()) or 'none'}") from error
 
 
 def _target(uri: str) -> str:

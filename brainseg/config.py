@@ -267,6 +267,9 @@ class How(Config):
     price_per_hour: Annotated[float | None, Field(ge=0, description="of the whole cluster, for a dry run's forecast")] = None
     currency: Annotated[str, Field(max_length=10)] = "EUR"
     dry_run: bool = False
+    accept_noncommercial: Annotated[
+        bool, Field(description="this use is none that a licence without commercial use forbids")
+    ] = False
 
 
 class Crew(Config):

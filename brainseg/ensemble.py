@@ -18,8 +18,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from brainseg import storage
-from brainseg.card import CARD, ModelCard, Split, fingerprint_of, load_card
+from brainseg import shipped, storage
+from brainseg.card import CARD, ModelCard, Split, Terms, fingerprint_of, load_card
 from brainseg.config import SegmentConfig
 from brainseg.errors import PreflightError, StorageError, UsageError
 from brainseg.model import Model, Patients, Segmenter, load_model
@@ -105,7 +105,11 @@ def fold_model(out: str, fold: int) -> str:
 
 def _folders(place: str) -> list[str]:
     """The model folders that a place stands for."""
-    if storage.exists(storage.join(place, CARD)) or not storage.exists(storage.join(place, SUMMARY)):
+    if (
+        place in shipped.names()
+        or storage.exists(storage.join(place, CARD))
+        or not storage.exists(storage.join(place, SUMMARY))
+    ):
         return [place]
     try:
         body: Any = read_json(storage.join(place, SUMMARY))
@@ -115,6 +119,12 @@ def _folders(place: str) -> list[str]:
     if not isinstance(folds, list) or not 0 < len(folds) < MOST_FOLDS or not all(type(fold) is int for fold in folds):
         raise PreflightError(f"{place}: {SUMMARY} names no folds")
     return [fold_model(place, fold) for fold in folds]
+
+
+def _strictest(cards: Sequence[ModelCard]) -> Terms | None:
+    """The terms of the first model that allows no commercial use, else of the first that has any."""
+    said = [card.terms for card in cards if card.terms]
+    return min(said, key=lambda terms: terms.commercial, default=None)
 
 
 def joint_card(cards: Sequence[ModelCard], settings: SegmentConfig) -> ModelCard:
@@ -146,6 +156,7 @@ def joint_card(cards: Sequence[ModelCard], settings: SegmentConfig) -> ModelCard
             "audit": {},
             "chosen": {},
             "weights_sha256": "",
+            "terms": _strictest(cards),
         }
     )
 

@@ -44,11 +44,21 @@ def segment(spec: SegmentSpec) -> ExitCode:
 
 def report(spec: ReportSpec) -> ExitCode:
     """Write the page; it needs the runs alone, neither archive nor model nor GPU."""
-    commands.report(spec.runs, spec.out, Voice(), rule=spec.rule)
+    kept = spec.model_dump(include={"rule", "where", "compare", "reference"})
+    commands.report(spec.runs, spec.out, Voice(), **kept, format_=spec.format)
     return ExitCode.OK
 
 
-HOW = {"actors", "decode_tasks", "scans_per_part", "scan_seconds", "price_per_hour", "currency", "dry_run"}
+HOW = {
+    "actors",
+    "decode_tasks",
+    "scans_per_part",
+    "scan_seconds",
+    "price_per_hour",
+    "currency",
+    "dry_run",
+    "accept_noncommercial",
+}
 """Words of a spec that say how a run goes about it, as `How` has them."""
 DOES: Mapping[str, Callable[..., ExitCode]] = {"train": train, "segment": segment, "report": report}
 

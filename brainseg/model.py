@@ -36,6 +36,7 @@ from brainseg.prepare import (
 )
 from brainseg.regions import label_map
 from brainseg.scans import Scan
+from brainseg.shipped import place_of
 from brainseg.sliding import Patch, slide
 from brainseg.unet import UNet, folded
 from brainseg.weights import MOST_BYTES, blueprint, check_fit, read_limited, tensors_of
@@ -258,7 +259,7 @@ def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = 
     where = f"{uri}/{WEIGHTS}"
     wanted = blueprint(lambda: UNet(card.network, len(card.modalities), len(card.regions)), f"{uri}/{CARD}")
     try:
-        data = read_limited(storage.join(uri, WEIGHTS), MOST_BYTES)
+        data = read_limited(storage.join(place_of(uri), WEIGHTS), MOST_BYTES)
     except StorageError as error:
         raise PreflightError(f"{uri}: its weights cannot be read ({error})") from error
     if hashlib.sha256(data).hexdigest() != card.weights_sha256:

@@ -92,3 +92,17 @@ def recipe_line(p: TrainConfig) -> str:
     """A recipe by what it eats, what it answers, and how it learns."""
     eats = f"{p.prepare.size:>4} px  {', '.join(p.modalities) or 'any modality':<22}"
     return f"{p.name:<16} {eats} {', '.join(p.regions):<12} {p.loss.kind}, {p.optimiser.kind}, {p.epochs} epochs"
+
+
+def shipped_words(model: Mapping[str, Any]) -> str:
+    """A model that ships, in a few lines: what it eats, on whom it learnt, what it scores, its terms, what it is not for."""
+    learnt, terms = model["trained_on"], model["terms"]
+    unit = "images" if learnt["unit"] == "scan" else "patients"
+    lines = [
+        f"{model['name']}: {', '.join(model['modalities'])} -> {', '.join(model['regions'])}",
+        f"  trained on    {learnt['train']} {unit}, chosen on {learnt['validation']}: {terms['data']}",
+    ]
+    for region, s in model["held_out"].items():
+        lines.append(f"  scores        {_figures(s)} ({region}, {learnt['test']} {unit} kept back, {s['rule']})")
+    commercial = "" if terms["commercial"] else "; no commercial use (--accept-noncommercial)"
+    return "\n".join([*lines, f"  licence       {terms['licence']}{commercial}", f"  not for       {terms['unfit_for']}"])

@@ -22,7 +22,7 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from brainseg import inflight, manifest, runs, storage
 from brainseg.autoscaler import Room, grown
 from brainseg.calibrate import measure, sample
-from brainseg.card import CHOICES, ModelCard, resolved
+from brainseg.card import CHOICES, ModelCard, refuse_unaccepted, resolved
 from brainseg.config import How, SegmentConfig
 from brainseg.ensemble import Members, find_members, refuse_unanswered
 from brainseg.errors import FailureLimitError, PreflightError, StorageError, UsageError
@@ -71,6 +71,8 @@ def take_order(source: str, models: str | Sequence[str], settings: SegmentConfig
     """Check what can be checked before anything is begun. Raises UsageError, RunError or PreflightError."""
     table = load_source(source)
     members = find_members([models] if isinstance(models, str) else models, settings)
+    for card in members.cards:
+        refuse_unaccepted(card, accepted=how.accept_noncommercial)
     used = resolved(settings, members.card)
     check_modalities(table, members.card)
     refuse_unanswered(table, members, used)
@@ -282,6 +284,7 @@ def _description(source: str, members: Members, settings: SegmentConfig) -> dict
         "audit",
         "selection_biased",
         "accept_leakage",
+        "terms",
     )
     body, several = members.card.model_dump(mode="json"), len(members.uris) > 1
     model = {"uri": None if several else members.uris[0], "fingerprint": members.fingerprint, "split": body["split"]}

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from brainseg import commands, storage
+from brainseg import commands, shipped, storage
 from brainseg.aggregate import Rule
 from brainseg.config import Config, build
 from brainseg.environment import prepare_environment
@@ -31,7 +31,14 @@ def _seen_by_all(place: str) -> str:
     return place
 
 
+def _seen_by_all_or_shipped(model: str) -> str:
+    return model if model in shipped.names() else _seen_by_all(model)
+
+
 Place = Annotated[str, AfterValidator(_seen_by_all), Field(json_schema_extra={"pattern": "^(/|s3://)"})]
+ModelPlace = Annotated[
+    str, AfterValidator(_seen_by_all_or_shipped), Field(json_schema_extra={"pattern": "^(/|s3://|[a-z0-9-]+$)"})
+]
 Overrides = Annotated[tuple[str, ...], Field(description="config keys to override, such as epochs=10")]
 Log = Annotated[LogFormat | None, Field(description="what the job's log holds: sentences, or a line of JSON each")]
 
@@ -65,8 +72,10 @@ class SegmentSpec(Config):
     archive: Annotated[Place | None, Field(description="a folder or s3:// prefix, indexed on the spot")] = None
     manifest: Annotated[Place | None, Field(description="what `brainseg index` wrote")] = None
     model: Annotated[
-        Place | tuple[Place, ...],
-        Field(description="the model folder; several, or that of a cross-validation, answer as an ensemble"),
+        ModelPlace | tuple[ModelPlace, ...],
+        Field(
+            description="the model folder, or the name of a model that ships; several, or a cross-validation's, are an ensemble"
+        ),
     ]
     out: Annotated[Place, Field(description="the run folder; an unfinished run of the same kind is taken up again")]
     max_failures: Annotated[int | str | None, Field(description="stop once more scans failed than this: 50, or 5%")] = None
@@ -82,6 +91,9 @@ class SegmentSpec(Config):
     scan_seconds: Annotated[float, Field(gt=0, description="reading one scan may take this long before it is given up")] = 300.0
     price_per_hour: Annotated[float | None, Field(ge=0, description="of the whole cluster, for a dry run's forecast")] = None
     currency: Annotated[str, Field(description="of that price")] = "EUR"
+    accept_noncommercial: Annotated[
+        bool, Field(description="this use is none that a model's licence forbids where it allows no commercial use")
+    ] = False
     dry_run: Annotated[bool, Field(description="take a few scans the whole way and say what a run would take")] = False
     log_format: Log = None
 
@@ -117,7 +129,7 @@ KINDS: Mapping[str, type[TrainSpec] | type[SegmentSpec] | type[ReportSpec]] = {
 
 def made_by(spec: Spec) -> str:
     """The place that a job with this spec writes."""
-    return spec.out or storage.join(spec.runs[0], "report.html") if isinstance(spec, ReportSpec) else spec.out
+    return spec.out or storage.join(spec.runs[0], f"report.{spec.format}") if isinstance(spec, ReportSpec) else spec.out
 
 
 def read_spec(kind: type[S], path: str) -> S:

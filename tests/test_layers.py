@@ -14,14 +14,14 @@ PACKAGE = ROOT / "brainseg"
 LAYERS = """
     __init__
     errors environment
-    regions geometry storage tables config versions hardware time_limit outlines
+    regions geometry storage spill tables config versions hardware time_limit outlines
     events progress telemetry observe heartbeat loggers watch
     unet losses presets
     formats surfaces lesions postprocess metrics aggregate averaging comparison
     contrasts layouts readers scans prepare thumbnails masks augment sliding cache patches
-    weights
+    weights shipped
     card
-    model
+    model release
     ensemble
     contents audit folds manifest lease inflight runs verify clean baselines split scoring sweep learn curves overlays
     report
@@ -32,7 +32,7 @@ LAYERS = """
     specs demo
     job submit submitted
     schemas
-    cli_jobs
+    cli_jobs cli_models
     cli
 """
 """From the bottom to the top. A module may import what stands before it, in its own line or in one above."""

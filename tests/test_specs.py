@@ -1,5 +1,6 @@
 """Specs and jobs: every spec in jobs/ can be submitted as it is, and one that cannot work is refused in one clear line."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,11 +12,13 @@ import factory
 import pytest
 import yaml
 from heads import ray_head
+from rows_as_runs import typical_rows, write_run
 
 from brainseg.errors import ConfigError, ExitCode, UsageError
+from brainseg.job import report as report_job
 from brainseg.phantom import write_archive
 from brainseg.presets import PRESETS
-from brainseg.specs import ReportSpec, SegmentSpec, TrainSpec, read_spec, run
+from brainseg.specs import ReportSpec, SegmentSpec, TrainSpec, made_by, read_spec, run
 
 ROOT = Path(__file__).parents[1]
 JOBS = ROOT / "jobs"
@@ -90,6 +93,18 @@ def test_a_failure_limit_is_a_number_or_a_share(tmp_path, limit):
 def test_a_report_needs_a_run(tmp_path):
     with pytest.raises(ConfigError, match="runs"):
         read_spec(ReportSpec, write_spec(tmp_path, runs=[]))
+
+
+def test_a_report_job_heeds_every_word_of_its_spec(tmp_path):
+    run, other = (write_run(tmp_path / name, typical_rows()) for name in ("run", "other"))
+    words = {"rule": "brats", "where": "fold = 0", "compare": other, "reference": other, "format": "json"}
+    spec = read_spec(ReportSpec, write_spec(tmp_path, runs=[run], **words))
+    assert set(words) | {"runs", "out"} == ReportSpec.model_fields.keys()
+    assert report_job(spec) is ExitCode.OK
+    summary = json.loads(Path(made_by(spec)).read_text())
+    assert (summary["rule"], summary["where"]) == ("brats", "fold = 0")
+    assert summary["comparison"]
+    assert summary["drift"]
 
 
 def test_a_spec_that_is_not_there_is_a_usage_error(tmp_path):

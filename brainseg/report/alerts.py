@@ -73,6 +73,9 @@ def _model(run: Run) -> list[str]:
         said.append("Selection bias: the fold reported as held out also chose the checkpoint.")
     if not any((model.get("split") or {}).get(side) for side in ("train", "validation", "test")):
         said.append("The model records no split: whether it was trained on these patients cannot be told.")
+    terms = model.get("terms") or {}
+    if terms and not terms["commercial"]:
+        said.append(f"The model's weights are under {terms['licence']}: no commercial use, of these results neither.")
     threshold = run.info.get("threshold") or {}
     if threshold.get("chosen_on"):
         said.append(

@@ -1,0 +1,63 @@
+"""Release: a trained model made ready to be given away: half as large, and with the terms it is given on.
+
+Weights are rounded to float16 (eleven bits of precision, as Micikevicius et al. 2018 keep them); what the network answers
+moves by less than a thousandth, and its figures stay those of the weights before.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brainseg import storage
+from brainseg.card import CARD, ModelCard, Terms, load_card
+from brainseg.errors import PreflightError, UsageError
+from brainseg.model import WEIGHTS, save_model
+from brainseg.unet import UNet
+from brainseg.weights import MOST_BYTES, check_fit, read_limited, tensors_of
+
+
+def release(model: str, out: str, name: str, terms: Terms) -> ModelCard:
+    """Write the model folder `out` with float16 weights, the name and the terms; returns its card. Pictures stay behind.
+
+    UsageError where something stands there already; PreflightError where a number is too large for float16.
+    """
+    if storage.exists(storage.join(out, CARD)):
+        raise UsageError(f"{out} holds a model already; choose another place")
+    card = load_card(model)
+    where = storage.join(model, WEIGHTS)
+    tensors = tensors_of(read_limited(where, MOST_BYTES), where)
+    halved = {key: _halved(key, value) for key, value in tensors.items()}
+    network = UNet(card.network, len(card.modalities), len(card.regions))
+    check_fit(halved, network.state_dict(), where)
+    return save_model(out, card.model_copy(update={"name": name, "terms": terms}), halved)
+
+
+def _halved(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        raise PreflightError(f"{name} holds {float(tensor.abs().max()):g}, more than float16 can")
+    return half
+
+
+def described(card: ModelCard) -> dict[str, Any]:
+    """What a person must know of a model before it is used: what it eats, on whom it learnt, what it scores, its terms."""
+    held_out: Mapping[str, Any] = card.metrics.get("held_out", {})
+    kept = ("rule", "num_scans", "dice_mean", "dice_median", "states")
+    return {
+        "name": card.name,
+        "modalities": list(card.modalities),
+        "regions": list(card.regions),
+        "trained_on": {
+            "dataset": card.dataset,
+            "unit": card.split.unit,
+            **{part: len(getattr(card.split, part)) for part in ("train", "validation", "test")},
+        },
+        "held_out": {region: {key: figures.get(key) for key in kept} for region, figures in held_out.items()},
+        "chosen": {key: card.chosen.get(key) for key in ("threshold", "smallest_component")} if card.chosen else None,
+        "terms": card.terms.model_dump(mode="json") if card.terms else None,
+        "created_at": card.created_at,
+    }

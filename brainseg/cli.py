@@ -180,6 +180,10 @@ def segment(
     plan: Annotated[
         str | None, typer.Option(help="`fused` or `apart`: where decoding happens. Default: by what the cluster has.")
     ] = None,
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"] | None,
+        typer.Option(help="`auto`: bf16 where the hardware gains by it. Default: fp32, as trained and measured."),
+    ] = None,
     scan_seconds: Annotated[float, typer.Option(help="Give a scan up, as TIMEOUT, whose files take longer to read.")] = 300.0,
     decode_tasks: Annotated[
         int | None, typer.Option(min=1, help="Decoding tasks at once, where they are apart. Default: by what was measured.")
@@ -210,7 +214,8 @@ def segment(
     words |= {"decode_tasks": decode_tasks, "scans_per_part": scans_per_part, "accept_noncommercial": accept_noncommercial}
     words |= {"price_per_hour": price_per_hour, "currency": currency}
     how = build(How, words, "segment")
-    counts = commands.segment(source, model, out, Voice(quiet=quiet, as_json=json_), how, set_ or [])
+    assignments = [*(set_ or []), *([f"precision={precision}"] if precision else [])]
+    counts = commands.segment(source, model, out, Voice(quiet=quiet, as_json=json_), how, assignments)
     if counts.get("failed"):
         raise typer.Exit(ExitCode.SOME_FAILED)
 

@@ -41,6 +41,9 @@ DEATHS = (
     ray.exceptions.RaySystemError,
     ray.exceptions.WorkerCrashedError,
 )
+STARTS = 4
+TOO_SLOW = "timed out during startup"
+"""What Ray says when its node is not up in 30 s, which cannot be changed and which a busy machine may need."""
 ANSWER_S = 5.0
 """How long a cluster that we have joined may take to say whether it asks for a token."""
 STANDSTILLS = ("GetTimeoutError", "ExecutionTimeoutError")
@@ -125,26 +128,30 @@ def _start_local() -> None:
 
     Raises ClusterError where Ray does not come up.
     """
-    with _hushed_stderr(), _one_line_of_a_failed_start():
-        ray.init(
-            address="local",
-            num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    for attempt in range(1, STARTS + 1):
+        try:
+            with _hushed_stderr():
+                _init_local()
+        except Exception as error:  # Ray raises a bare Exception when its node times out
+            ray.shutdown()
+            if attempt < STARTS and TOO_SLOW in str(error):
+                continue
+            said = one_line(str(error) or type(error).__name__)[:200]
+            text = "a local Ray did not come up on this machine; it may be too busy, or short of memory or of room below /tmp"
+            raise ClusterError(f"{text}. Ray says: {said}") from error
+        else:
+            return
 
 
-@contextmanager
-def _one_line_of_a_failed_start() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Ray raises a bare Exception when its node times out
-        ray.shutdown()
-        said = one_line(str(error) or type(error).__name__)[:200]
-        text = "a local Ray did not come up on this machine; it may be too busy, or short of memory or of room below /tmp"
-        raise ClusterError(f"{text}. Ray says: {said}") from error
+def _init_local() -> None:
+    ray.init(
+        address="local",
+        num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
 
 
 @contextmanager

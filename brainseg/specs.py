@@ -88,6 +88,9 @@ class SegmentSpec(Config):
     scans_per_part: Annotated[
         int | None, Field(ge=1, description="scans written together; null: by their number and what they take")
     ] = None
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"] | None, Field(description="auto: bf16 where the hardware gains by it; null: fp32")
+    ] = None
     scan_seconds: Annotated[float, Field(gt=0, description="reading one scan may take this long before it is given up")] = 300.0
     price_per_hour: Annotated[float | None, Field(ge=0, description="of the whole cluster, for a dry run's forecast")] = None
     currency: Annotated[str, Field(description="of that price")] = "EUR"

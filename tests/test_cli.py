@@ -232,9 +232,8 @@ def test_an_out_that_holds_a_run_of_another_model(refused, place, heads):
     identity = runs.Identity(fingerprint(table), fingerprint_of(load_card(first)), SegmentConfig().fingerprint())
     runs.open_run(str(place / "run"), identity, {})
     assert "holds a run with another model" in refused("segment", manifest, "--model", second, "--out", "run")
-    assert "holds a run with another config" in refused(
-        "segment", manifest, "--model", first, "--out", "run", "--set", "threshold=0.4"
-    )
+    for words in (["--set", "threshold=0.4"], ["--precision", "bf16"]):
+        assert "holds a run with another config" in refused("segment", manifest, "--model", first, "--out", "run", *words)
 
 
 def test_an_out_that_holds_another_model(refused, place, heads):

@@ -1,5 +1,7 @@
 """A session: what a job needs is compared with what the cluster has before it waits; what Ray says is put in our words."""
 
+import contextlib
+
 import pytest
 
 from brainseg import session
@@ -122,3 +124,18 @@ def test_a_ray_that_does_not_come_up_is_one_line(monkeypatch):
     monkeypatch.setattr(session.ray, "init", fails)
     with pytest.raises(ClusterError, match=r"did not come up.*Ray says: The current node timed out during startup\.$"):
         session._start_local()
+
+
+@pytest.mark.parametrize(("slow_starts", "comes_up"), [(0, True), (session.STARTS - 1, True), (session.STARTS, False)])
+def test_a_ray_that_gave_itself_too_little_time_is_started_again(monkeypatch, slow_starts, comes_up):
+    tried = []
+
+    def starts(**_: object) -> None:
+        tried.append(1)
+        if len(tried) <= slow_starts:
+            raise RuntimeError("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(session.ray, "init", starts)
+    with contextlib.nullcontext() if comes_up else pytest.raises(ClusterError, match="did not come up"):
+        session._start_local()
+    assert len(tried) == min(slow_starts + 1, session.STARTS)

@@ -1,6 +1,6 @@
 """Ingest: a training through Ray Train beside a bare loop over tensors in memory; same network, optimiser, batch, device.
 
-    pytest -m bench -s tests/bench/test_ingest_bench.py
+    pytest -n 0 -m bench -s tests/bench/test_ingest_bench.py
 
 The bare loop has its batches ready and does nothing but the steps: no order, no augmentation, no validation. Both sides
 are timed over whole epochs, bare, Ray, bare, so that a machine that slows down meanwhile shows.

@@ -1,6 +1,6 @@
 """Kills: whatever process of a bulk run dies, and whenever, nothing is lost, doubled or torn, and the answer is the same.
 
-    pytest -m slow tests/faults/test_kills.py -s        a hundred kills at random moments, with a table of what came of them
+    pytest -n 0 -m slow -s tests/faults/test_kills.py     a hundred kills at random moments, with a table of what came of them
 
 The processes are real: `brainseg segment` on a local Ray of its own, SIGKILL from outside.
 """

@@ -1,7 +1,7 @@
 """Storage under fire: objects written, replaced, created, listed, read and deleted through a proxy that commits faults.
 
 Nothing may be lost, doubled, torn or wrong, whatever share of the requests goes wrong. Run all of it, and see its counts, with
-`pytest -m slow -s tests/faults/test_storage_faults.py`; a small one runs always.
+`pytest -n 0 -m slow -s tests/faults/test_storage_faults.py`; a small one runs always.
 """
 
 import hashlib

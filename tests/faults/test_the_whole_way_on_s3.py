@@ -1,6 +1,6 @@
 """The whole way of a scan with everything in an object store that commits faults: the commands as a person calls them.
 
-    pytest -m slow -s tests/faults/test_the_whole_way_on_s3.py      5 % and 20 % of all requests go wrong, on moto and on Swift
+    pytest -n 0 -m slow -s tests/faults/test_the_whole_way_on_s3.py  5 % and 20 % of all requests go wrong, on moto and on Swift
 
 Nothing is told of the store but where it is: workers of Ray find endpoint and credentials as boto3 finds them.
 """

@@ -1,6 +1,6 @@
 """A training that is killed at a random moment and taken up again ends with the weights of one that was left alone.
 
-    pytest -m slow -s tests/faults/test_training_kills.py      twelve kills of worker, raylet and driver; a few minutes
+    pytest -n 0 -m slow -s tests/faults/test_training_kills.py      twelve kills of worker, raylet and driver; a few minutes
 
 Weights are compared by their bytes. The recipe has everything with a state of its own: a schedule with warm-up, averaged
 weights, dropout, augmentation, early stopping.

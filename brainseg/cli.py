@@ -55,7 +55,8 @@ def index(
     archive: Annotated[str, typer.Argument(help="A folder or s3:// prefix of stored MRI.")],
     out: Annotated[str, typer.Option(help="The manifest to write (Parquet).")],
     layout: Annotated[
-        str | None, typer.Option(help="Folder convention, if it is not recognised: lgg, figshare, brats, h5slices, dicom.")
+        str | None,
+        typer.Option(help="Folder convention, where names leave it open: lgg, figshare, brats, h5slices, dicom, pictures."),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="A name for the set; by default its layout's.")] = None,
     label_map: Annotated[

@@ -22,7 +22,13 @@ from brainseg.presets import PRESETS, preset
 from brainseg.results import describe_model, evaluation_lines, recipe_line, shipped_words
 from brainseg.watch import Price, Watcher
 
-DEFAULT_PRESETS = {"lgg": "lgg-strong", "figshare": "figshare-strong", "brats": "brats-strong", "h5slices": "brats-strong"}
+DEFAULT_PRESETS = {
+    "lgg": "lgg-strong",
+    "figshare": "figshare-strong",
+    "pictures": "figshare-strong",
+    "brats": "brats-strong",
+    "h5slices": "brats-strong",
+}
 
 
 def index(

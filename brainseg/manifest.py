@@ -17,12 +17,25 @@ import pyarrow.compute as pc
 from brainseg.audit import Audit
 from brainseg.errors import PreflightError, StorageError, UsageError
 from brainseg.folds import FoldPlan, deal
-from brainseg.layouts import FoundScan, Inventory, Layout, Source, brats, dicom, figshare, h5slices, id_fault, lgg, sliced
+from brainseg.layouts import (
+    FoundScan,
+    Inventory,
+    Layout,
+    Source,
+    brats,
+    dicom,
+    figshare,
+    h5slices,
+    id_fault,
+    lgg,
+    pictures,
+    sliced,
+)
 from brainseg.regions import label_map as look_up_label_map
 from brainseg.storage import Entry, absolute, exists, is_dir, is_remote, list_files, name_of, read_table, write_table
 from brainseg.tables import MANIFEST, SOURCE, flat_sources, nested_sources
 
-LAYOUTS: Mapping[str, Layout] = {m.NAME: cast(Layout, m) for m in (lgg, figshare, brats, h5slices, dicom)}
+LAYOUTS: Mapping[str, Layout] = {m.NAME: cast(Layout, m) for m in (lgg, figshare, brats, h5slices, dicom, pictures)}
 CLEAR_LEAD = 10
 """A layout is the archive's own when ten times as many files bear its names as those of any other."""
 

@@ -67,7 +67,7 @@ MANIFEST = _schema(
         _field("scan_id", pa.string(), "unique within the manifest, safe as a file name", required=True),
         _field("patient_id", pa.string(), "whose scan it is; null where the archive does not say"),
         _field("dataset", pa.string(), "name of the set, by default that of its layout", required=True),
-        _field("layout", pa.string(), "folder convention: lgg, figshare, brats, h5slices, dicom", required=True),
+        _field("layout", pa.string(), "folder convention: lgg, figshare, brats, h5slices, dicom, pictures", required=True),
         _field("reader", pa.string(), "how files become an image: `volumes`, `stack`, `h5slices`, `dicom`", required=True),
         _field("label_map", pa.string(), "name in regions.py that gives the label's values their meaning", required=True),
         _field("modalities", pa.list_(pa.string()), "modalities in the order in which the image stacks them", required=True),

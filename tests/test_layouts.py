@@ -22,13 +22,14 @@ from brainseg.layouts import (
     harmless,
     id_fault,
     lgg,
+    pictures,
     sliced,
 )
 from brainseg.regions import LABEL_MAPS
 from brainseg.storage import Entry, list_files
 
 ROOT = "/archive"
-LAYOUTS: Sequence[Layout] = (lgg, figshare, brats, h5slices, dicom)  # type: ignore[assignment]
+LAYOUTS: Sequence[Layout] = (lgg, figshare, brats, h5slices, dicom, pictures)  # type: ignore[assignment]
 LGG = "TCGA_CS_4941_19960909"
 
 
@@ -179,6 +180,44 @@ class TestLgg:
         inventory = lgg.find(list(list_files(str(tmp_path))), str(tmp_path))
         assert only(inventory).attributes == {"site": "CS"}
         assert len(inventory.ignored) == 1
+
+
+class TestPictures:
+    def test_a_picture_is_a_scan_of_the_modality_its_folder_is_named_after(self):
+        found = find(pictures, "ann/T1ce/left-3.png", "ann/masks/left-3.png", "ann/flair/b.tiff", "bob/T1ce/b.png")
+        assert [(s.scan_id, s.patient_id, s.modalities, s.has_label) for s in found.scans] == [
+            ("ann_flair_b", "ann", ("flair",), False),
+            ("ann_t1c_left-3", "ann", ("t1c",), True),
+            ("bob_t1c_b", "bob", ("t1c",), False),
+        ]
+        assert found.ignored == []
+
+    def test_masks_lie_beside_the_folder_or_in_it(self):
+        found = find(pictures, "p/flair/a.png", "p/flair/a_mask.png", "p/flair/b.png", "p/labels/b_mask.tif")
+        assert [(s.scan_id, s.has_label) for s in found.scans] == [("p_flair_a", True), ("p_flair_b", True)]
+
+    def test_without_a_folder_above_nobody_knows_the_patient(self):
+        assert only(find(pictures, "flair/a.png")).patient_id is None
+
+    def test_a_mask_without_its_image_and_a_picture_of_who_knows_what_are_named(self):
+        found = find(pictures, "flair/a.png", "masks/b.png", "holiday/sea.png")
+        assert len(found.scans) == 1
+        assert {uri.removeprefix(f"{ROOT}/"): reason for uri, reason in found.ignored} == {
+            "masks/b.png": "a mask without an image of its name in a modality's folder",
+            "holiday/sea.png": "no part of a scan: expected names like patient-7/flair/slice_05.png with "
+            "patient-7/masks/slice_05.png, in folders called flair, t1, t1c, t2",
+        }
+
+    def test_two_images_of_one_name_are_a_problem(self):
+        assert only(find(pictures, "flair/a.png", "flair/a.tif")).problem_code == Code.DUPLICATE_ID
+
+    def test_numbers_in_a_modality_folder_are_not_figshares(self):
+        listed = entries(["t1c/1.png", "masks/1.png", "t1c/2.png", "masks/2.png"])
+        assert figshare.matches(listed) == 0
+        assert pictures.matches(listed) == 4
+
+    def test_figshares_own_names_are_not_these(self):
+        assert pictures.matches(entries(["images/1.png", "masks/1.png", "2.png", "2_mask.png"])) == 0
 
 
 class TestFigshare:

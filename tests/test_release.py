@@ -140,7 +140,6 @@ class TestTerms:
         order = take_order(archive, "bound-flair", SegmentConfig(), How(accept_noncommercial=True))
         assert order.description(archive, print)["model"]["terms"] == BOUND.model_dump()
 
-
     @pytest.mark.parametrize(("terms", "times"), [(FREE, 0), (BOUND, 1), (None, 0)])
     def test_the_report_says_so_to_its_reader(self, tmp_path, terms, times):
         run = write_run(tmp_path, typical_rows(), model={"terms": terms and terms.model_dump()})

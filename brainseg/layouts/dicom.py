@@ -77,7 +77,12 @@ def _modality(uri: str) -> str | None:
     """What the folder of a file that may be a slice is named after."""
     if not _SLICE.fullmatch(name_of(uri)) or name_of(uri).upper() in ("DICOMDIR", "LICENSE", "README"):
         return None
-    return _WORDS.get(re.sub(r"[-_+ ]", "", name_of(_above(uri))).lower())
+    return modality_of_folder(name_of(_above(uri)))
+
+
+def modality_of_folder(name: str) -> str | None:
+    """The modality that a folder is named after, in any of the spellings; None where it is named after something else."""
+    return _WORDS.get(re.sub(r"[-_+ ]", "", name).lower())
 
 
 def _too_deep(entry: Entry, root: str) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from brainseg.errors import Code, StorageError, UsageError
 from brainseg.layouts import FoundScan, Inventory, Source, harmless, noise, settle, unplaced, with_listing_problems
+from brainseg.layouts.dicom import modality_of_folder
 from brainseg.storage import Entry, name_of, read_text
 
 NAME = "figshare"
@@ -47,8 +48,20 @@ class _Said:
 
 
 def matches(entries: Sequence[Entry]) -> int:
-    """Count images and masks."""
-    return sum(1 for entry in entries if _FILE.match(entry.uri) and not noise(entry.uri))
+    """Count images and masks, but not masks in a place that has no image: those are of another convention's."""
+    found = [match for entry in entries if not noise(entry.uri) and (match := _named(entry.uri))]
+    places = {match["base"] for match in found if not _is_mask(match)}
+    return sum(match["base"] in places for match in found)
+
+
+def _named(uri: str) -> re.Match[str] | None:
+    """What the name of an image or a mask is made of; None for another, and for one in a folder that is a modality's."""
+    found = _FILE.match(uri)
+    return None if found is None or (not found["kind"] and modality_of_folder(name_of(found["base"]))) else found
+
+
+def _is_mask(found: re.Match[str]) -> bool:
+    return bool(found["mask"]) or (found["kind"] or "").lower() == "masks"
 
 
 def find(entries: Sequence[Entry], root: str) -> Inventory:
@@ -60,15 +73,14 @@ def find(entries: Sequence[Entry], root: str) -> Inventory:
     ignored: list[tuple[str, str]] = []
     said: dict[int, _Said] = {}
     for entry in entries:
-        reason, found = noise(entry.uri, root), _FILE.match(entry.uri)
+        reason, found = noise(entry.uri, root), _named(entry.uri)
         if reason:
             ignored.append((entry.uri, reason))
         elif found:
             key = (found["base"], int(found["number"]))
             if key not in images:
                 images[key] = _Image(*key)
-            is_mask = found["mask"] or (found["kind"] or "").lower() == "masks"
-            (images[key].masks if is_mask else images[key].images).append(entry)
+            (images[key].masks if _is_mask(found) else images[key].images).append(entry)
         elif entry.uri == f"{root}/{name_of(entry.uri)}" and entry.uri.lower().endswith(".csv") and entry.problem is None:
             rows, line = _read_table(entry.uri)
             said |= rows

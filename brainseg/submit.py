@@ -1,8 +1,8 @@
 """Submit: hand a spec to a Ray cluster as a job, follow its log, and come back with the job's own exit code.
 
-What travels is code: this package and the spec, nothing else. Data stays where it is; software stands in the image of the
-nodes. A job is called after what it makes, so that asking twice for one run finds the job that is at it. Scheduling,
-queueing and keeping the log are Ray's.
+What travels is this package, with the models that ship in it, and the spec, nothing else. Data stays where it is; software
+stands in the image of the nodes. A job is called after what it makes, so that asking twice for one run finds the job that is
+at it. Scheduling, queueing and keeping the log are Ray's.
 """
 
 import asyncio
@@ -131,13 +131,15 @@ def connect(address: str) -> "JobSubmissionClient":
 
 @contextmanager
 def _answered(address: str) -> Iterator[None]:
-    """What Ray's client raises where a cluster does not answer as it should, as one line."""
+    """What Ray's client raises where a cluster does not answer as it should, or does not let us in, as one line."""
+    from ray.exceptions import AuthenticationError
+
     try:
         yield
-    except LOST as error:
+    except (AuthenticationError, *LOST) as error:
         said = one_line(str(error))
-        if re.search(r"\b401\b|[Uu]nauthori[sz]ed|[Aa]uthenticat", said):
-            text = f"{address} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        if isinstance(error, AuthenticationError) or re.search(r"\b401\b|[Uu]nauthori[sz]ed", said):
+            text = f"{address} wants a token, or another one: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             raise PreflightError(text) from error
         raise PreflightError(f"{address} does not answer as a Ray dashboard: {said[:200]}") from error
 

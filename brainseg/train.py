@@ -303,17 +303,11 @@ def _decode_batch(batch: pa.Table, config_body: dict[str, Any], shards: str) -> 
 
 def _fit(work: str, card: ModelCard, crew: Crew, per_worker: int, cluster: Cluster) -> None:
     """Run the workers to the end."""
-    scaling: dict[str, Any] = {  # a mapping, because the types that Ray publishes are those of its older class
-        "num_workers": (crew.fewest, crew.most) if crew.is_elastic else crew.most,
-        "elastic_resize_monitor_interval_s": RESIZE_EVERY_S,
-        "use_gpu": cluster.gpus > 0,
-        "resources_per_worker": {"CPU": per_worker, **({"GPU": 1} if cluster.gpus else {})},
-    }
     filesystem, place = ray_storage(storage.join(work, "ray"))
     trainer = ray.train.torch.TorchTrainer(
         worker_loop,
         train_loop_config={"work": work, "card": card.model_dump(mode="json"), "threads": per_worker},
-        scaling_config=ray.train.ScalingConfig(**scaling),
+        scaling_config=ray.train.ScalingConfig(**scaling(crew, per_worker, cluster)),
         run_config=ray.train.RunConfig(
             name=card.train.fingerprint()[:16],
             storage_path=place,
@@ -326,6 +320,21 @@ def _fit(work: str, card: ModelCard, crew: Crew, per_worker: int, cluster: Clust
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise BrainsegError(f"training failed: {_root_cause(error)}") from error
+
+
+def scaling(crew: Crew, per_worker: int, cluster: Cluster) -> dict[str, Any]:
+    """How many workers of which size, and where, as Ray's `ScalingConfig` takes it.
+
+    GPUs of one machine exchange gradients fastest; on CPUs workers that share a machine share the bandwidth of its memory, and
+    Ray left to itself fills one machine while others idle.
+    """
+    return {  # a mapping, because the types that Ray publishes are those of its older class
+        "num_workers": (crew.fewest, crew.most) if crew.is_elastic else crew.most,
+        "elastic_resize_monitor_interval_s": RESIZE_EVERY_S,
+        "use_gpu": cluster.gpus > 0,
+        "resources_per_worker": {"CPU": per_worker, **({"GPU": 1} if cluster.gpus else {})},
+        "placement_strategy": "PACK" if cluster.gpus else "SPREAD",
+    }
 
 
 def _root_cause(error: BaseException) -> str:

@@ -189,7 +189,7 @@ SWIFT_VENV = "BRAINSEG_TEST_SWIFT"
 """Names a virtual environment in which Swift is installed already; without it one is made, which takes a minute."""
 
 _COMMON = """[DEFAULT]
-bind_ip = 127.0.0.1
+bind_ip = {host}
 bind_port = {port}
 swift_dir = {etc}
 devices = {root}/node
@@ -226,12 +226,12 @@ _FILTERS = {
 
 
 class Swift:
-    """A single-node Swift with its S3 interface, everything below one folder."""
+    """A single-node Swift with its S3 interface at `host`, everything below one folder."""
 
-    def __init__(self, binaries: Path, root: Path) -> None:
-        self._binaries, self._root, self._started = binaries, root, list[subprocess.Popen[bytes]]()
+    def __init__(self, binaries: Path, root: Path, host: str) -> None:
+        self._binaries, self._root, self._host, self._started = binaries, root, host, list[subprocess.Popen[bytes]]()
         self._ports = free_ports(4)
-        self.endpoint = f"http://127.0.0.1:{self._ports[3]}"
+        self.endpoint = f"http://{host}:{self._ports[3]}"
 
     def start(self) -> None:
         """Bring it up, with the bucket in it; skip where that fails."""
@@ -255,7 +255,8 @@ class Swift:
     def _serve(self, kind: str, port: int, sections: str) -> None:
         config = self._root / f"etc/{kind}-server.conf"
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-        config.write_text(_COMMON.format(port=port, etc=config.parent, root=self._root, user=user) + sections)
+        host = self._host if kind == "proxy" else "127.0.0.1"
+        config.write_text(_COMMON.format(host=host, port=port, etc=config.parent, root=self._root, user=user) + sections)
         with (self._root / f"{kind}.log").open("wb") as log:
             command = [self._binaries / f"swift-{kind}-server", config]
             self._started.append(subprocess.Popen(command, stdout=log, stderr=log))
@@ -264,7 +265,7 @@ class Swift:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), surroundings(self.endpoint, **SWIFT_KEYS):
-                socket.create_connection(("127.0.0.1", self._ports[3]), 1).close()
+                socket.create_connection((self._host, self._ports[3]), 1).close()
                 with contextlib.suppress(Exception):
                     s3().create_bucket(Bucket=BUCKET)
                     return
@@ -282,7 +283,7 @@ def _proxy_sections() -> str:
 
 
 @contextlib.contextmanager
-def swift_server(root: Path) -> Iterator[str]:
+def swift_server(root: Path, host: str = "127.0.0.1") -> Iterator[str]:
     """A fresh Swift with the bucket in it; returns its endpoint. Skips, with the reason, where it cannot be had."""
     place = Path(os.environ.get(SWIFT_VENV) or root / "venv")
     if not (place / "bin/swift-proxy-server").exists():
@@ -295,7 +296,7 @@ def swift_server(root: Path) -> Iterator[str]:
         if done.returncode:
             pytest.skip(f"Swift cannot be installed: {done.stderr.strip()[-300:]}")
     home = root / f"swift-{secrets.token_hex(4)}"
-    swift = Swift(place / "bin", home)
+    swift = Swift(place / "bin", home, host)
     try:
         swift.start()
         yield swift.endpoint

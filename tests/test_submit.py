@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -56,7 +57,9 @@ def test_only_code_and_the_spec_travel(tmp_path):
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert {path.relative_to(folder).parts[0] for path in files} == {"brainseg", "spec.yaml"}
         assert not any("__pycache__" in path.parts for path in files)
-        assert sum(path.stat().st_size for path in files) < 4 << 20
+        shipped = sum(path.stat().st_size for path in files if "models" in path.parts)
+        assert sum(path.stat().st_size for path in files) - shipped < 4 << 20
+        assert shipped < 16 << 20
     assert not folder.exists()
 
 
@@ -78,6 +81,31 @@ def test_a_cluster_that_is_not_there_is_one_line():
         port = free.getsockname()[1]
     with pytest.raises(PreflightError, match="does not answer as a Ray dashboard") as caught:
         submit.connect(f"http://127.0.0.1:{port}")
+    assert "\n" not in str(caught.value)
+
+
+class Doorman(BaseHTTPRequestHandler):
+    """A dashboard that lets nobody in."""
+
+    answer = 401
+
+    def do_GET(self) -> None:
+        self.send_response(self.answer)
+        self.end_headers()
+        self.wfile.write(b"Unauthorized: Missing authentication token" if self.answer == 401 else b"Forbidden: Invalid token")
+
+    def log_message(self, *words: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.mark.parametrize("answer", [401, 403])
+def test_without_the_token_or_with_another_one_a_line_says_what_to_set(monkeypatch, answer):
+    monkeypatch.setattr(Doorman, "answer", answer)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Doorman) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        with pytest.raises(PreflightError, match="wants a token") as caught:
+            submit.connect(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
     assert "\n" not in str(caught.value)
 
 

@@ -7,11 +7,21 @@ import pytest
 
 from brainseg import manifest, storage
 from brainseg.card import load_card
-from brainseg.config import AugmentConfig, LossConfig, NetworkConfig, OptimiserConfig, PrepareConfig, SegmentConfig, TrainConfig
+from brainseg.config import (
+    AugmentConfig,
+    LossConfig,
+    NetworkConfig,
+    OptimiserConfig,
+    PrepareConfig,
+    SegmentConfig,
+    TrainConfig,
+    read_crew,
+)
 from brainseg.errors import PreflightError, UsageError
 from brainseg.model import load_model
 from brainseg.phantom import write_archive
-from brainseg.train import cost, train_model
+from brainseg.session import Cluster
+from brainseg.train import cost, scaling, train_model
 from brainseg.watch import Price
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -119,3 +129,13 @@ def test_a_manifest_without_labels_is_refused_before_anything_is_written(manifes
     with pytest.raises(PreflightError, match="label"):
         train_model(str(tmp_path / "bare.parquet"), str(tmp_path / "m"), RECIPE)
     assert not (tmp_path / "m.work").exists()
+
+
+@pytest.mark.parametrize(("gpus", "strategy"), [(0.0, "SPREAD"), (4.0, "PACK")])
+def test_workers_share_a_machine_for_the_sake_of_its_gpus_alone(gpus: float, strategy: str) -> None:
+    from ray.train import ScalingConfig
+
+    cluster = Cluster(8.0, gpus, 7, 2, False, shapes=((4.0, gpus / 2),) * 2)
+    config = ScalingConfig(**scaling(read_crew(2), 1, cluster))
+    assert config.placement_strategy == strategy
+    assert config.use_gpu is (gpus > 0)

@@ -13,13 +13,15 @@ What the same counts give under other rules says `averaging.py`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+Values: TypeAlias = Sequence[Any] | NDArray[Any] | pa.Array | pa.ChunkedArray
 Rule = Literal["exclude", "brats"]
 
 STATES = ("both", "missed", "spurious", "both_empty", "no_label")
@@ -69,6 +71,7 @@ class RegionSummary:
     """One region over a cohort. Unless its name says otherwise a figure weighs scans equally.
 
     `num_rows` all scans; `num_labelled` those with a label; `num_scored` those behind the mean Dice under `rule`.
+    `num_patients` are those of all scans, `num_patients_scored` those of the scored ones.
     `num_scored + states["both_empty"] + states["no_label"] == num_rows` under `exclude`.
     `labelled_dice` is over the scans whose label is not empty (`both`, `missed`), whatever the rule.
     """
@@ -79,6 +82,7 @@ class RegionSummary:
     num_labelled: int
     num_scored: int
     num_patients: int
+    num_patients_scored: int
     num_unnamed: int
     states: Mapping[str, int]
     dice: Spread
@@ -113,108 +117,155 @@ class RegionSummary:
 # --- summaries ------------------------------------------------------------------------------------------------------
 
 
-def aggregate(rows: Sequence[Mapping[str, Any]] | pa.Table, *, rule: Rule = "exclude") -> dict[str, RegionSummary]:
+def aggregate(rows: "Sequence[Mapping[str, Any]] | Columns", *, rule: Rule = "exclude") -> dict[str, RegionSummary]:
     """Summarise rows of the `metrics` table (mappings, or the Arrow table itself) region by region, in order of appearance.
 
     A row needs `region`, `patient_id`, `state` and the numbers of `tables.REGION`; a missing number counts as null.
     """
     if rule not in ("exclude", "brats"):
         raise ValueError(f"rule is '{rule}', expected 'exclude' or 'brats'")
-    texts, numbers = _columns(rows)
-    regions, codes = _codes(texts["region"])
-    out = {}
-    for code, region in enumerate(regions):
-        chosen = np.flatnonzero(codes == code)
-        part = {name: column[chosen] for name, column in numbers.items()}
-        out[region] = _summarise(region, rule, texts["state"][chosen], texts["patient_id"][chosen], part)
-    return out
+    table = _table(rows) if isinstance(rows, Sequence) else rows
+    regions, codes = _codes(table.column("region"))
+    alone = len(regions) == 1
+    return {name: _summarise(name, rule, _Part(table, None if alone else codes == n)) for n, name in enumerate(regions)}
 
 
-def _columns(rows: Sequence[Mapping[str, Any]] | pa.Table) -> tuple[dict[str, NDArray[Any]], dict[str, Floats]]:
-    """The text columns as object arrays and the numbers as float arrays with NaN for null."""
-    names = ("region", "state", "patient_id")
-    if isinstance(rows, pa.Table):
-        texts = {name: rows.column(name).to_numpy() for name in names}
-        absent = np.full(len(rows), np.nan)
-        return texts, {name: float_column(rows, name) if name in rows.column_names else absent for name in NUMBERS}
-    texts = {name: np.array([row[name] for row in rows], dtype=object) for name in names}
-    return texts, {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in NUMBERS}
+class Columns(Protocol):
+    """What `aggregate` reads of a table, a column at a time; an Arrow table is one."""
+
+    @property
+    def column_names(self) -> Sequence[str]: ...
+    def column(self, name: str) -> pa.ChunkedArray: ...
 
 
-def float_column(table: pa.Table, name: str) -> Floats:
-    """A column as floats, NaN for null."""
-    numbers: Floats = table.column(name).cast(pa.float64()).to_numpy()
+def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Mappings as a table, with NaN for a missing number."""
+    texts = {name: pa.array([row[name] for row in rows], pa.string()) for name in ("region", "state", "patient_id")}
+    return pa.table({**texts, **{name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in NUMBERS}})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one region, of which a column is in memory while it is looked at. `chosen` None: all rows are."""
+
+    table: Columns
+    chosen: NDArray[np.bool_] | None
+
+    def codes(self, name: str) -> tuple[list[Any], NDArray[np.int64]]:
+        """A column's distinct values in order of appearance, and the number of each row's; -1 is null."""
+        column = self.table.column(name)
+        return _codes(column if self.chosen is None else column.filter(pa.array(self.chosen)))
+
+    def numbers(self, name: str) -> Floats:
+        """A column as floats with NaN for null."""
+        if name not in self.table.column_names:
+            return np.broadcast_to(np.nan, len(self.codes("state")[1]))
+        numbers = float_column(self.table, name)
+        return numbers if self.chosen is None else numbers[self.chosen]
+
+
+def float_column(table: Columns, name: str) -> Floats:
+    """A column as floats, NaN for null; one of nulls alone takes no memory."""
+    column = table.column(name)
+    if column.null_count == len(column):
+        return np.broadcast_to(np.nan, len(column))
+    numbers: Floats = column.cast(pa.float64()).to_numpy()
     return numbers
 
 
-def _codes(values: Sequence[Any] | NDArray[Any]) -> tuple[list[Any], NDArray[np.int64]]:
+def _codes(values: Values) -> tuple[list[Any], NDArray[np.int64]]:
     """Number the distinct values from 0 in order of appearance; null is -1."""
-    encoded = pa.array(values).dictionary_encode()
+    column = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
+    encoded = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
 
 
-def patient_codes(patients: Sequence[Any] | NDArray[Any]) -> NDArray[np.int64]:
+def patient_codes(patients: Values) -> NDArray[np.int64]:
     """Number the patients; every null is a patient of its own, after all others."""
-    named, codes = _codes(patients)
-    return np.where(codes < 0, len(named) + np.cumsum(codes < 0) - 1, codes)
+    return _each_their_own(_codes(patients)[1])
 
 
-def _summarise(
-    region: str, rule: Rule, states: NDArray[Any], patients: NDArray[Any], numbers: dict[str, Floats]
-) -> RegionSummary:
-    counts = {state: int(np.count_nonzero(states == state)) for state in STATES}
-    columns = _with_rule(rule, states == "both_empty", numbers)
-    dice = columns["dice"]
-    codes = patient_codes(patients)
+def _each_their_own(codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number those that are -1 on from the last code."""
+    unnamed = codes < 0
+    return np.where(unnamed, codes.max(initial=-1) + np.cumsum(unnamed), codes)
+
+
+def _summarise(region: str, rule: Rule, part: _Part) -> RegionSummary:
+    words, state = part.codes("state")
+    states = {name: state == words.index(name) if name in words else np.zeros(len(state), bool) for name in STATES}
+    whose = part.codes("patient_id")[1]
+    num_unnamed, codes = int(np.count_nonzero(whose < 0)), _each_their_own(whose)
+    column = partial(_ruled, rule, part, states["both_empty"])
+    dice = column("dice")
+    means = patient_means(dice, codes)
     return RegionSummary(
         region=region,
         rule=rule,
-        num_rows=len(states),
-        num_labelled=len(states) - counts["no_label"],
+        num_rows=len(state),
+        num_labelled=len(state) - int(np.count_nonzero(states["no_label"])),
         num_scored=int(np.count_nonzero(~np.isnan(dice))),
         num_patients=int(codes.max(initial=-1)) + 1,
-        num_unnamed=sum(patient is None for patient in patients),
-        states=counts,
-        labelled_dice=_spread(numbers["dice"][(states == "both") | (states == "missed")]),
-        hd95_mm=_distances(columns["hd95_mm"]),
-        hd95_px=_distances(columns["hd95_px"]),
-        volume_error_ml=_spread(columns["volume_error_mm3"] / 1000),
-        volume_error_relative=_spread(columns["volume_error_relative"]),
-        pooled_dice=_pooled_dice(*(np.nansum(columns[name]) for name in COUNTS)),
-        patient_mean_dice=_mean(patient_means(dice, codes)),
-        **{name: _spread(columns[name]) for name in (*OVERLAP, *SURFACE, *LESION)},
+        num_patients_scored=means.size,
+        num_unnamed=num_unnamed,
+        states={name: int(np.count_nonzero(those)) for name, those in states.items()},
+        labelled_dice=_spread(part.numbers("dice")[states["both"] | states["missed"]]),
+        hd95_mm=_distances(column("hd95_mm")),
+        hd95_px=_distances(column("hd95_px")),
+        volume_error_ml=_spread(column("volume_error_mm3") / 1000),
+        volume_error_relative=_spread(column("volume_error_relative")),
+        pooled_dice=_pooled_dice(*(np.nansum(column(name)) for name in COUNTS)),
+        patient_mean_dice=_mean(means),
+        **{name: _spread(column(name)) for name in (*OVERLAP, *SURFACE, *LESION)},
     )
 
 
-def _with_rule(rule: Rule, both_empty: NDArray[np.bool_], numbers: dict[str, Floats]) -> dict[str, Floats]:
-    """Apply a rule to both-empty scans and infinite distances. Pixels have no agreed stand-in, so infinite ones stay."""
-    hidden = {name: np.where(both_empty, np.nan, numbers[name]) for name in (*OVERLAP, "hd95_mm", "hd95_px")}
+def _ruled(rule: Rule, part: _Part, both_empty: NDArray[np.bool_], name: str) -> Floats:
+    """A column as the rule has it for both-empty scans and infinite distances.
+
+    Pixels have no agreed stand-in, so infinite ones stay.
+    """
+    values = part.numbers(name)
+    if name in (*OVERLAP, "hd95_mm", "hd95_px"):
+        values = np.where(both_empty, np.nan, values)
     if rule == "exclude":
-        return numbers | hidden
-    in_mm = ~np.isnan(numbers["prediction_volume_mm3"])
-    no_lesion = sum(numbers[name] for name in LESION_COUNTS) == 0
-    hd95_mm = np.where(np.isposinf(hidden["hd95_mm"]), BRATS_INFINITE_MM, hidden["hd95_mm"])
-    return {
-        **numbers,
-        **{name: np.where(both_empty, 1.0, numbers[name]) for name in OVERLAP},
-        "lesionwise_dice": np.where(no_lesion, 1.0, numbers["lesionwise_dice"]),
-        "lesionwise_hd95_mm": np.where(no_lesion & in_mm, 0.0, numbers["lesionwise_hd95_mm"]),
-        "hd95_mm": np.where(both_empty & in_mm, 0.0, hd95_mm),
-        "hd95_px": np.where(both_empty & ~in_mm, 0.0, hidden["hd95_px"]),
-    }
+        return values
+    if name in OVERLAP:
+        return np.where(both_empty, 1.0, values)
+    if name.startswith("lesionwise"):
+        return _without_lesions(part, name, values)
+    if name.startswith("hd95"):
+        in_mm = ~np.isnan(part.numbers("prediction_volume_mm3"))
+        known = np.where(np.isposinf(values), BRATS_INFINITE_MM, values) if name == "hd95_mm" else values
+        return np.where(both_empty & (in_mm if name == "hd95_mm" else ~in_mm), 0.0, known)
+    return values
+
+
+def _without_lesions(part: _Part, name: str, values: Floats) -> Floats:
+    """A lesion-wise figure by the rule `brats`, where there is no lesion to find and no wrong one."""
+    none = sum(part.numbers(count) for count in LESION_COUNTS) == 0
+    if name == "lesionwise_dice":
+        return np.where(none, 1.0, values)
+    return np.where(none & ~np.isnan(part.numbers("prediction_volume_mm3")), 0.0, values)
 
 
 def _spread(values: Floats) -> Spread:
-    known = np.sort(values[~np.isnan(values)])
+    known = _ascending(values)
     median, q1, q3 = (_quantile(known, q) for q in (0.5, 0.25, 0.75))
     return Spread(known.size, _mean(known), median, q1, q3)
 
 
 def _distances(values: Floats) -> Distances:
-    known = np.sort(values[~np.isnan(values)])
+    known = _ascending(values)
     finite = known[np.isfinite(known)]
     median, q1, q3 = (_quantile(known, q) for q in (0.5, 0.25, 0.75))
     return Distances(known.size, known.size - finite.size, median, q1, q3, _mean(finite))
+
+
+def _ascending(values: Floats) -> Floats:
+    known = values[~np.isnan(values)]
+    known.sort()
+    return known
 
 
 def _mean(values: Floats) -> float | None:
@@ -255,7 +306,7 @@ def _patient_sums(values: Floats, codes: NDArray[np.int64]) -> tuple[Floats, Flo
 
 
 def bootstrap_interval(
-    values: ArrayLike, patients: Sequence[str | None] | NDArray[Any], *, seed: int = 0, draws: int = 10_000, level: float = 0.95
+    values: ArrayLike, patients: Values, *, seed: int = 0, draws: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over scans, resampled by patient; nulls (None, NaN) are left out.
 

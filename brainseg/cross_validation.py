@@ -249,7 +249,7 @@ def _with_interval(summary: RegionSummary, rows: pa.Table, failed: int | None) -
         **({} if failed is None else {"dice_mean_failed_zero": summary.mean_with_failures_zero(failed)}),
         "pooled_dice": summary.pooled_dice,
         "patient_mean_dice": summary.patient_mean_dice,
-        "num_patients": summary.num_patients,
+        "num_patients": summary.num_patients_scored,
     }
 
 

@@ -11,7 +11,6 @@ RUN/_SUCCESS.json         written last: every scan of the manifest exactly once;
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 from brainseg import storage
 from brainseg.card import Split
 from brainseg.errors import Code, RunError, StorageError
+from brainseg.spill import ROOM_BYTES, Spill
 from brainseg.storage.place import translated
 from brainseg.tables import METRICS, SCANS
 
@@ -42,7 +42,9 @@ KEYS = (
     "finished_at",
 )
 FILES_AT_ONCE = 8
-"""How many files are read side by side to be hashed: a store answers slowly, a hash does not hold Python's lock."""
+"""How many files are read side by side: a store answers slowly, and neither Arrow nor a hash holds Python's lock."""
+SCANS_AT_ONCE = 4096
+"""Rows of a manifest that are in memory as Python objects: all of a million would take a gigabyte."""
 _SHARED = tuple(name for name in SCANS.names if name in METRICS.names)
 MEASURED = (*_SHARED, "sources", "regions")
 """Columns of the `scans` table from which `metrics.parquet` is made."""
@@ -59,7 +61,7 @@ class Identity:
     config_fingerprint: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Kept:
     """One row that a part holds, without its mask; `place` is its position there."""
 
@@ -243,19 +245,19 @@ def _others(part: str, places: set[int]) -> list[int]:
     return [place for place in range(storage.read_table(part, ["scan_id"]).num_rows) if place not in places]
 
 
-def write_metrics(run: str, split: Split) -> dict[str, int]:
-    """Derive RUN/metrics.parquet from the parts; returns how many scans have a label and how many were evaluated."""
-    tables: list[pa.Table] = []
+def write_metrics(run: str, split: Split, *, room_bytes: int = ROOM_BYTES) -> dict[str, int]:
+    """Derive RUN/metrics.parquet from the parts; returns how many scans have a label and how many were evaluated.
+
+    More rows than `room_bytes` holds are put in order by way of local disk.
+    """
     labelled = evaluated = 0
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        for part in pool.map(_measured, parts(run)):
+    with Spill(METRICS, ("scan_id", "region"), room_bytes=room_bytes) as rows:
+        for part in storage.ahead(_measured, parts(run), FILES_AT_ONCE):
             flat, scored, with_label = _flattened(part, split)
-            tables.append(flat)
+            rows.add(flat)
             evaluated += scored
             labelled += with_label
-    table = pa.concat_tables(tables) if tables else METRICS.empty_table()
-    ordered = table.sort_by([("scan_id", "ascending"), ("region", "ascending")])
-    storage.write_table(storage.join(run, METRICS_FILE), ordered, row_group_rows=65536)
+        storage.write_pieces(storage.join(run, METRICS_FILE), METRICS, rows.in_order(), row_group_rows=65536)
     return {"labelled": labelled, "evaluated": evaluated}
 
 
@@ -310,11 +312,16 @@ def finish_run(run: str, body: Mapping[str, Any], counts: Mapping[str, int], tim
 
 
 def seals(run: str, names: Iterable[str]) -> dict[str, Seal]:
-    """The seal of each file, named as it lies below the run. A few whole files are in memory at a time."""
+    """The seal of each file, named as it lies below the run."""
     wanted = list(names)
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        found = pool.map(lambda name: seal_of(storage.read_bytes(storage.join(run, name))), wanted)
-        return dict(zip(wanted, found, strict=True))
+    found = storage.ahead(seal_of_file, [storage.join(run, name) for name in wanted], FILES_AT_ONCE)
+    return dict(zip(wanted, found, strict=True))
+
+
+def seal_of_file(uri: str) -> Seal:
+    """The seal of a file, of which a piece is in memory at a time."""
+    size_bytes, sha256 = storage.digest(uri)
+    return {"size_bytes": size_bytes, "sha256": sha256}
 
 
 def seal_of(data: bytes) -> Seal:
@@ -324,4 +331,5 @@ def seal_of(data: bytes) -> Seal:
 
 def expected_tags(table: pa.Table) -> dict[str, str]:
     """scan_id -> content_tag of every scan that a run over this manifest must hold exactly once."""
-    return {r["scan_id"]: content_tag(r) for r in table.select(["scan_id", "label_map", "sources"]).to_pylist()}
+    batches = table.select(["scan_id", "label_map", "sources"]).to_batches(max_chunksize=SCANS_AT_ONCE)
+    return {row["scan_id"]: content_tag(row) for batch in batches for row in batch.to_pylist()}

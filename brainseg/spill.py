@@ -65,7 +65,7 @@ class Spill:
         ordered = self._sorted(self._held)
         self._held, self._held_bytes = [], 0
         with translated("put rows aside in", gettempdir()):
-            file = self._open.enter_context(TemporaryFile())
+            file = self._open.enter_context(TemporaryFile())  # noqa: SIM115 - the stack closes it
             options = pa.ipc.IpcWriteOptions(compression="lz4")
             with pa.ipc.new_stream(file, self._schema, options=options) as stream:
                 stream.write_table(ordered, max_chunksize=self._block_rows)
@@ -78,7 +78,7 @@ class Spill:
 
     def _merged(self, files: Sequence["_Aside"]) -> Iterator[pa.Table]:
         """All rows up to the first key at which one of the files has to be read on, again and again."""
-        while any([file.fill() for file in files]):
+        while sum(file.fill() for file in files):
             ends = [end for file in files if (end := file.end()) is not None]
             yield self._sorted([file.take(min(ends, default=None)) for file in files])
 
@@ -90,15 +90,15 @@ class _Aside:
         self._blocks: Iterator[pa.RecordBatch] = iter(pa.ipc.open_stream(file))
         self._rows, self._keys, self._block_rows, self._is_over = schema.empty_table(), keys, block_rows, False
 
-    def fill(self) -> bool:
-        """Read on where less than a block is left; False where nothing is left at all."""
+    def fill(self) -> int:
+        """Read on where less than a block is left; returns how many rows there are then: none at the end."""
         while self._rows.num_rows < self._block_rows and not self._is_over:
             block = next(self._blocks, None)
             if block is None:
                 self._is_over = True
             else:
                 self._rows = pa.concat_tables([self._rows, pa.Table.from_batches([block])])
-        return bool(self._rows.num_rows)
+        return int(self._rows.num_rows)
 
     def end(self) -> tuple[Any, ...] | None:
         """The last key that has been read; None where no row follows it."""

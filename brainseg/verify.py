@@ -8,7 +8,6 @@ was hashed, its figures in metrics.parquet. A damaged file breaks the first, a f
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -62,13 +61,12 @@ def verify_run(run: str) -> list[str]:
     seen: dict[str, int] = {}
     figures: dict[str, int | None] = {}
     num_ok = 0
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        for part in pool.map(partial(_examine, claim), there):
-            problems += part.problems
-            for scan_id, is_ok, digest in part.rows:
-                seen[scan_id] = seen.get(scan_id, 0) + 1
-                figures[scan_id] = digest
-                num_ok += is_ok
+    for part in storage.ahead(partial(_examine, claim), there, FILES_AT_ONCE):
+        problems += part.problems
+        for scan_id, is_ok, digest in part.rows:
+            seen[scan_id] = seen.get(scan_id, 0) + 1
+            figures[scan_id] = digest
+            num_ok += is_ok
     problems += [f"{s}: {n} rows, expected 1" for s, n in seen.items() if n > 1]
     problems += [f"{s}: no row" for s in claim.expected if s not in seen]
     problems += _metrics_problems(claim, figures)
@@ -153,16 +151,15 @@ def _seal_problems(run: str, named: Mapping[str, Seal | None]) -> Iterator[str]:
     """Which of these files are not the ones that were sealed."""
     for name, seal in named.items():
         try:
-            other = _other_bytes(storage.read_bytes(storage.join(run, name)), seal)
+            other = _other_bytes(runs.seal_of_file(storage.join(run, name)), seal)
         except StorageError as error:
             other = str(error)
         if other:
             yield f"{name}: {other}"
 
 
-def _other_bytes(data: bytes, seal: Seal | None) -> str | None:
-    """How bytes differ from the sealed ones, or None."""
-    found = runs.seal_of(data)
+def _other_bytes(found: Seal, seal: Seal | None) -> str | None:
+    """How bytes, by their seal, differ from the sealed ones, or None."""
     if seal is None or seal == found:
         return None
     said = seal if isinstance(seal, dict) else {}
@@ -207,7 +204,7 @@ def _examine(claim: Claim, name: str) -> Part:
     part, uri = Part(), storage.join(claim.run, name)
     try:
         data = storage.read_bytes(uri)
-        other = _other_bytes(data, claim.named.get(name))
+        other = _other_bytes(runs.seal_of(data), claim.named.get(name))
         part.problems += [f"{name}: {other}"] if other else []
         rows, ids = _rows(data, uri)
     except StorageError as error:
@@ -232,7 +229,7 @@ def _rows(data: bytes, uri: str) -> tuple[list[dict[str, Any]] | None, list[str]
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             if any(file.schema_arrow.equals(known) for known in (SCANS, EARLIER_SCANS)):
-                rows = _plain(file.read().select(list(NEEDED)))
+                rows = _plain(file.read(use_threads=False).select(list(NEEDED)))
                 return rows, [row["scan_id"] for row in rows]
             has_ids = "scan_id" in file.schema_arrow.names
             return None, [str(i) for i in file.read(["scan_id"])["scan_id"].to_pylist()] if has_ids else []
@@ -283,14 +280,14 @@ def _metrics_problems(claim: Claim, figures: Mapping[str, int | None]) -> Iterat
 
 def _metrics(uri: str) -> dict[str, int]:
     """scan_id -> a digest of its rows in metrics.parquet, in whatever order they stand."""
-    table = storage.read_table(uri)
-    if not table.schema.equals(METRICS):
-        raise StorageError("its columns are not those of a `metrics` table")
     found: dict[str, int] = {}
-    with translated("read as Parquet", uri):
-        for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
-            for row in batch.to_pylist():
-                found[row["scan_id"]] = found.get(row["scan_id"], 0) + _digest(row)
+    for piece in storage.read_pieces(uri):
+        if not piece.schema.equals(METRICS):
+            raise StorageError("its columns are not those of a `metrics` table")
+        with translated("read as Parquet", uri):
+            for batch in piece.to_batches(max_chunksize=ROWS_AT_ONCE):
+                for row in batch.to_pylist():
+                    found[row["scan_id"]] = found.get(row["scan_id"], 0) + _digest(row)
     return found
 
 

@@ -50,6 +50,7 @@ COHORT = [
 def test_the_default_rule_leaves_out_both_empty_and_counts_misses_as_zero():
     summary = aggregate(COHORT)["tumor"]
     assert (summary.num_rows, summary.num_labelled, summary.num_scored, summary.num_patients) == (6, 5, 4, 4)
+    assert summary.num_patients_scored == 3
     assert summary.states == {"both": 2, "missed": 1, "spurious": 1, "both_empty": 1, "no_label": 1}
     assert summary.rule == "exclude"
     assert summary.dice == Spread(4, pytest.approx((1 + 2 / 3) / 4), pytest.approx(1 / 3), 0.0, pytest.approx(0.75))

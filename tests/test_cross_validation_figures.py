@@ -87,6 +87,12 @@ def test_plain_and_chosen_answers_are_gathered_each_scan_once(finished):
     assert body["chosen"] == dict.fromkeys(["0", "1", "2"], CHOSEN)
 
 
+def test_the_patients_that_are_named_are_those_behind_the_mean(finished):
+    body = cross_validate(*finished, RECIPE)
+    assert [(rule["num_scans"], rule["num_patients"]) for rule in body["regions"]["tumor"].values()] == [(11, 11), (12, 12)]
+    assert "(per scan, exclude, 11 scans of 11 patients)" in describe(body, "OUT")
+
+
 def test_small_tumours_have_figures_of_their_own(finished):
     body = cross_validate(*finished, RECIPE)
     small = subgroup(body, "small_tumours")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -235,6 +236,18 @@ class TestMetrics:
             ("d", None, None),
         ]
         assert rows[0]["attributes"] == [("site", "here")]
+
+    def test_figures_that_do_not_fit_the_room_are_the_same_in_the_same_order(self, run, tmp_path, monkeypatch):
+        for n in range(40):
+            runs.write_part(run, [self.scored(f"s{n * 7 % 40:02d}-{half}") for half in "ba"])
+        assert runs.write_metrics(run, Split()) == {"labelled": 80, "evaluated": 80}
+        whole, local = storage.read_table(f"{run}/metrics.parquet"), tmp_path / "local"
+        local.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(local))
+        assert runs.write_metrics(run, Split(), room_bytes=2000) == {"labelled": 80, "evaluated": 80}
+        assert storage.read_table(f"{run}/metrics.parquet").equals(whole)
+        assert whole["scan_id"].to_pylist() == sorted(whole["scan_id"].to_pylist())
+        assert list(local.iterdir()) == []
 
     def test_a_run_of_nothing_has_an_empty_table(self, run):
         assert runs.write_metrics(run, Split()) == {"labelled": 0, "evaluated": 0}

@@ -181,6 +181,41 @@ class TestEveryStorage:
         for columns in (["thumbnail"], ["scan_id", "attributes"]):
             assert storage.read_table(f"{base}/t.parquet", columns).equals(whole.select(columns))
 
+    @pytest.mark.parametrize("sizes", [[], [0], [200], [1, 63, 64, 65, 7], [130, 0, 130]])
+    def test_a_table_in_pieces_is_the_table_whole(self, base: str, sizes: list[int]) -> None:
+        whole, ends = table(300).slice(0, sum(sizes)), [sum(sizes[:n]) for n in range(len(sizes))]
+        pieces = (whole.slice(end, size) for end, size in zip(ends, sizes, strict=True))
+        storage.write_pieces(f"{base}/pieces.parquet", whole.schema, pieces, row_group_rows=64)
+        storage.write_table(f"{base}/whole.parquet", whole)
+        known = storage.read_table(f"{base}/whole.parquet")
+        assert known.equals(whole)
+        assert storage.read_table(f"{base}/pieces.parquet").equals(known, check_metadata=True)
+        assert row_groups(f"{base}/pieces.parquet") == [n for n in row_groups(f"{base}/whole.parquet") if n]
+        for name in ("pieces", "whole"):
+            back = list(storage.read_pieces(f"{base}/{name}.parquet"))
+            assert pa.concat_tables(back).equals(known, check_metadata=True)
+            assert max(piece.num_rows for piece in back) <= 64
+
+    def test_a_table_whose_pieces_break_off_has_never_been(self, base: str) -> None:
+        def pieces() -> Iterator[pa.Table]:
+            yield table(100)
+            raise StorageError("the disk of the parts is gone")
+
+        for there in ([], ["t.parquet"]):
+            with pytest.raises(StorageError, match="disk of the parts"):
+                storage.write_pieces(f"{base}/t.parquet", table(1).schema, pieces(), row_group_rows=64)
+            assert names(base) == there
+            storage.write_table(f"{base}/t.parquet", table(3))
+        assert storage.read_table(f"{base}/t.parquet").equals(table(3))
+
+    @pytest.mark.parametrize("size", [0, 1, 3_000_001])
+    def test_a_digest_is_that_of_the_bytes(self, base: str, size: int) -> None:
+        data = hashlib.shake_128(b"data").digest(size)
+        storage.write_bytes(f"{base}/x", data)
+        assert storage.digest(f"{base}/x") == (size, hashlib.sha256(data).hexdigest())
+        with pytest.raises(StorageError, match="nothing"):
+            storage.digest(f"{base}/nothing")
+
     def test_what_is_there_is_not_created_again(self, base: str) -> None:
         assert storage.create_bytes(f"{base}/a/x", b"one")
         assert not storage.create_bytes(f"{base}/a/x", b"two")
@@ -228,6 +263,11 @@ class TestEveryStorage:
         assert names(base) == kept
 
 
+def row_groups(uri: str) -> list[int]:
+    meta = pq.ParquetFile(pa.BufferReader(storage.read_bytes(uri))).metadata
+    return [meta.row_group(n).num_rows for n in range(meta.num_row_groups)]
+
+
 def table(rows: int) -> pa.Table:
     """A small table of the kinds of columns a part has; its masks do not compress, as real ones do not."""
     masks = [hashlib.sha512(str(n).encode()).digest() for n in range(rows)]
@@ -238,6 +278,27 @@ def table(rows: int) -> pa.Table:
         "attributes": pa.array([[("site", "CS")]] * rows, pa.map_(pa.string(), pa.string())),
     }
     return pa.table(columns).replace_schema_metadata({"table": "scans"})
+
+
+class TestAhead:
+    @pytest.mark.parametrize("number", [0, 1, 40])
+    def test_what_is_read_ahead_comes_in_order_and_little_of_it_waits(self, number: int) -> None:
+        begun: list[str] = []
+
+        def read(uri: str) -> int:
+            begun.append(uri)
+            return int(uri)
+
+        for taken, value in enumerate(storage.ahead(read, map(str, range(number)), 2)):
+            assert value == taken
+            assert len(begun) <= taken + 6
+        assert len(begun) == number
+
+    def test_a_failure_comes_where_it_belongs(self) -> None:
+        found = storage.ahead(lambda uri: 1 // int(uri), "1101", 2)
+        assert [next(found), next(found)] == [1, 1]
+        with pytest.raises(ZeroDivisionError):
+            next(found)
 
 
 class TestNames:

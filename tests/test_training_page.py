@@ -328,6 +328,7 @@ def test_its_figures_are_those_of_its_json(tmp_path):
     text = text_of(storage.read_text(write_folds_page(write_cross_validation(tmp_path))))
     assert "0.570" in text
     assert "95 % interval 0.500 to 0.600" in text
+    assert f"scans, patients {FIGURES['num_scans']}, 6 " in text
     assert "fold 2 is not finished" in text
     assert "Not finished: 1 labelled scans" in text
     assert "2.50 core-hours" in text

@@ -20,7 +20,16 @@ from scipy.stats import rankdata
 
 from brainseg.aggregate import bootstrap_interval
 from brainseg.report.facts import SPLITS, Cohort
-from brainseg.report.rows import mean_dice_of_scans, mean_per_scan, of_region, plain, volume_unit, volumes
+from brainseg.report.rows import (
+    labelled_rows,
+    mean_dice_of_scans,
+    mean_per_scan,
+    patients_of,
+    plain,
+    volume_columns,
+    volume_unit,
+    volumes,
+)
 
 Floats = NDArray[np.float64]
 LIMIT = 1.96
@@ -28,12 +37,12 @@ FEWEST = 3
 """Below so many scans ranks say nothing."""
 
 
-def volume_agreement(rows: pa.Table, regions: Sequence[str]) -> list[dict[str, Any]]:
+def volume_agreement(cohort: Cohort, split: str, regions: Sequence[str]) -> list[dict[str, Any]]:
     """Per region bias, its interval by patient, and limits of agreement, over scans where label or prediction is not empty."""
-    unit, divisor = volume_unit(rows)
+    unit, divisor = volume_unit(labelled_rows(cohort, split, columns=["prediction_volume_mm3"]))
     found = []
     for region in regions:
-        part = told_apart(of_region(rows, region))
+        part = told_apart(labelled_rows(cohort, split, region, ["row", "state", *volume_columns(unit)]))
         difference = volumes(part, "prediction", unit, divisor) - volumes(part, "label", unit, divisor)
         known = difference[~np.isnan(difference)]
         bias = float(known.mean()) if known.size else float("nan")
@@ -44,7 +53,7 @@ def volume_agreement(rows: pa.Table, regions: Sequence[str]) -> list[dict[str, A
                 "unit": unit,
                 "scans": int(known.size),
                 "bias": bias,
-                "bias_interval": list(bootstrap_interval(difference, part["patient_id"].to_numpy())),
+                "bias_interval": list(bootstrap_interval(difference, patients_of(cohort, part["row"]))),
                 "sd": spread,
                 "limits": [bias - LIMIT * spread, bias + LIMIT * spread],
                 "inside_limits": int(np.count_nonzero(np.abs(known - bias) <= LIMIT * spread)),
@@ -83,11 +92,11 @@ def _rank(values: Floats) -> Floats:
     return ranks
 
 
-def trust_against_dice(rows: pa.Table, regions: Sequence[str]) -> list[dict[str, Any]]:
+def trust_against_dice(cohort: Cohort, split: str, regions: Sequence[str]) -> list[dict[str, Any]]:
     """Per region Spearman's rank correlation of mean probability, and of entropy, with Dice: whether trust can be trusted."""
     found = []
     for region in regions:
-        part = of_region(rows, region)
+        part = labelled_rows(cohort, split, region, ["dice", "mean_probability", "mean_entropy"])
         dice = part["dice"].to_numpy()
         entry: dict[str, Any] = {"region": region}
         for name in ("mean_probability", "mean_entropy"):

@@ -94,7 +94,8 @@ def _unread(cohort: Cohort, counts: Mapping[str, int]) -> list[str]:
         said.append(f"{counts['missing']} of {counts['found']} scans have no row yet: the run is unfinished, or lost a part.")
     if cohort.doubled:
         said.append(f"{_scans(cohort.doubled)} stood twice in one run; the row written last counts.")
-    again = cohort.scans.num_rows - pc.count_distinct(cohort.scans["scan_id"]).as_py()
+    several = len(cohort.runs) > 1  # within one run they have been told apart already
+    again = cohort.scans.num_rows - pc.count_distinct(cohort.scans["scan_id"]).as_py() if several else 0
     if again:
         said.append(f"{_scans(again)} of one run stand in another one too; each row counts.")
     for run in cohort.runs:

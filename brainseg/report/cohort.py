@@ -8,7 +8,7 @@ knows no infinity.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from brainseg.aggregate import (
-    COUNTS,
-    LESION,
-    LESION_COUNTS,
-    OVERLAP,
-    SURFACE,
-    RegionSummary,
-    Rule,
-    aggregate,
-    bootstrap_interval,
-    patient_codes,
-)
+from brainseg.aggregate import RegionSummary, Rule, aggregate, bootstrap_interval
 from brainseg.report.advice import what_to_do
 from brainseg.report.agreement import surprise, trust_against_dice, volume_agreement
 from brainseg.report.alerts import alerts
@@ -37,7 +26,7 @@ from brainseg.report.drift import drift
 from brainseg.report.facts import SPLITS, Cohort, Run, load
 from brainseg.report.groups import subgroups
 from brainseg.report.pace import throughput, timings
-from brainseg.report.rows import DRAWN, count, labelled_rows, mean_dice_of_scans, ruled_dice, with_names
+from brainseg.report.rows import Scored, count, labelled_rows, mean_dice_of_scans, ruled_dice
 from brainseg.report.rows import plain as plain
 from brainseg.report.versus import versus
 
@@ -95,7 +84,7 @@ def summarise(
         "headline": leading,
         "groups": groups,
         "baselines": baselines,
-        **_agreement(cohort, lead),
+        **(_agreement(cohort, lead) if lead else {"volume_agreement": [], "trust_against_dice": []}),
         "subgroups": subgroups(cohort, leading, rule),
         "scans": _scan_rows(cohort),
         "quarantine": _quarantine(cohort),
@@ -108,13 +97,13 @@ def summarise(
     }
 
 
-def _agreement(cohort: Cohort, lead: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What volumes and trust figures of the leading split say; empty without labels."""
-    if lead is None:
-        return {"volume_agreement": [], "trust_against_dice": []}
-    rows, regions = labelled_rows(cohort, lead["split"], columns=DRAWN), [r["region"] for r in lead["regions"]]
-    rows = with_names(cohort, rows)
-    return {"volume_agreement": volume_agreement(rows, regions), "trust_against_dice": trust_against_dice(rows, regions)}
+def _agreement(cohort: Cohort, lead: Mapping[str, Any]) -> dict[str, Any]:
+    """What volumes and trust figures of the leading split say."""
+    split, regions = lead["split"], [r["region"] for r in lead["regions"]]
+    return {
+        "volume_agreement": volume_agreement(cohort, split, regions),
+        "trust_against_dice": trust_against_dice(cohort, split, regions),
+    }
 
 
 def headline(groups: Sequence[Mapping[str, Any]]) -> str | None:
@@ -138,7 +127,7 @@ def _counts(cohort: Cohort) -> dict[str, int]:
         "evaluated": count(scans["evaluated"]),
         "failed": count(failed),
         "missing": found - scans.num_rows,
-        "patients": len(set(scans["patient_id"].drop_null().to_pylist())),
+        "patients": pc.count_distinct(scans["patient_id"]).as_py(),
     }
 
 
@@ -181,12 +170,13 @@ def _seconds(timings: Mapping[str, Any]) -> dict[str, float]:
 
 def _group(cohort: Cohort, split: str, rule: Rule) -> dict[str, Any]:
     """The figures of one side of the model's split."""
-    scans = cohort.scans.filter(pc.equal(cohort.scans["split"], split))
+    inside = pc.equal(cohort.scans["split"], split)
+    scans = cohort.scans.select(["patient_id", "status", "labelled", "evaluated"]).filter(inside)
     failed = count(pc.and_(pc.equal(scans["status"], "failed"), scans["labelled"]))
     return {
         "split": split,
         "scans": scans.num_rows,
-        "patients": len(set(scans["patient_id"].drop_null().to_pylist())),
+        "patients": pc.count_distinct(scans["patient_id"]).as_py(),
         "evaluated": count(scans["evaluated"]),
         "failed_labelled": failed,
         "regions": _region_figures(cohort, split, failed, rule),
@@ -197,26 +187,11 @@ def _region_figures(cohort: Cohort, split: str, num_failed: int, rule: Rule) -> 
     """One entry a region: the fields of `aggregate.RegionSummary`, the interval of the mean Dice, the mean with failures."""
     found = []
     for region in pc.unique(labelled_rows(cohort, split, columns=["region"])["region"]).to_pylist():
-        part = with_names(cohort, labelled_rows(cohort, split, region, [*WHOSE, *OVERLAP]))
-        dice, patients = ruled_dice(part, rule), patient_codes(part["patient_id"].to_numpy())
-        figures = aggregate(part, rule=rule)[region]
-        for columns, fields in SUMMARISED_APART:
-            more = aggregate(with_names(cohort, labelled_rows(cohort, split, region, [*WHOSE, *columns])), rule=rule)[region]
-            figures = replace(figures, **{name: getattr(more, name) for name in fields})
-        entry = {**_fields(figures, num_failed), "dice_interval": list(bootstrap_interval(dice, patients))}
-        found.append(plain({**entry, "num_patients_scored": int(np.unique(patients[~np.isnan(dice)]).size)}))
+        rows = Scored.of(cohort, split, region)
+        interval = bootstrap_interval(ruled_dice(rows, rule), rows.column("patient_id"))
+        figures = aggregate(rows, rule=rule)[region]
+        found.append(plain({**_fields(figures, num_failed), "dice_interval": list(interval)}))
     return found
-
-
-WHOSE = ("row", "region", "state")
-SUMMARISED_APART = (
-    (
-        (*SURFACE, "hd95_mm", "hd95_px", "volume_error_mm3", "volume_error_relative", "prediction_volume_mm3"),
-        (*SURFACE, "hd95_mm", "hd95_px", "volume_error_ml", "volume_error_relative"),
-    ),
-    ((*LESION, *LESION_COUNTS, *COUNTS, "prediction_volume_mm3"), (*LESION, "pooled_dice")),
-)
-"""Columns, and the fields of a summary that come from them: a third at a time, so that few are in memory."""
 
 
 def _fields(figures: RegionSummary, num_failed: int) -> dict[str, Any]:
@@ -286,9 +261,9 @@ TABLE_FIGURES = (
 
 def _quarantine(cohort: Cohort) -> list[dict[str, Any]]:
     """The failed scans by code, the commonest first: how many, and the first `MAX_LINES` lines."""
-    failed = cohort.scans.filter(pc.equal(cohort.scans["status"], "failed"))
+    columns = cohort.scans.select(["error_code", "scan_id", "error_stage", "error_message"])
     grouped = defaultdict(list)
-    for row in failed.select(["error_code", "scan_id", "error_stage", "error_message"]).to_pylist():
+    for row in columns.filter(pc.equal(cohort.scans["status"], "failed")).to_pylist():
         grouped[row["error_code"]].append(
             {"scan_id": row["scan_id"], "stage": row["error_stage"], "message": row["error_message"]}
         )
@@ -301,10 +276,10 @@ def _quarantine(cohort: Cohort) -> list[dict[str, Any]]:
 
 def _remarks(cohort: Cohort) -> list[dict[str, Any]]:
     """Warnings on scans that were used all the same, by code: how many scans, and one of the lines."""
-    scans = cohort.scans.filter(pc.greater(pc.list_value_length(cohort.scans["warnings"]), 0))
+    warnings = cohort.scans["warnings"]
     examples: dict[str, str] = {}
     number: dict[str, set[int]] = defaultdict(set)
-    for row, lines in enumerate(scans["warnings"].to_pylist()):
+    for row, lines in enumerate(warnings.filter(pc.greater(pc.list_value_length(warnings), 0)).to_pylist()):
         for line in lines:
             code, _, words = line.partition(": ")
             examples.setdefault(code, words)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from brainseg import storage, tables
 from brainseg.errors import StorageError, UsageError
-from brainseg.report.measured import FIGURES, Measured, Piece
+from brainseg.report.measured import FIGURES, Measured, Piece, give_back
 
 SCAN_COLUMNS = [
     "scan_id",
@@ -115,16 +115,18 @@ def load(run_uris: Sequence[str]) -> Cohort:
     doubled = first_row = 0
     for number, uri in enumerate(run_uris):
         run, table = _read_run(storage.absolute(uri))
-        latest = _latest(table)
-        doubled += table.num_rows - latest.num_rows
-        measured = _flat(run, latest) if run.is_flat else _nested(latest)
-        flat = latest.select([n for n in latest.column_names if n != "regions"])
-        flat = flat.append_column("evaluated", _scored(measured, latest.num_rows))
+        num_read, table = table.num_rows, _latest(table)
+        doubled += num_read - table.num_rows
+        measured = _flat(run, table) if run.is_flat else _nested(table)
+        flat = table.select([n for n in table.column_names if n != "regions"])
+        flat = flat.append_column("evaluated", _scored(measured, table.num_rows))
         scans.append(_placed(flat, run, number))
         regions.append(measured.moved(first_row))
         baselines.append(_baselines(run))
         runs.append(run)
-        first_row += latest.num_rows
+        first_row += table.num_rows
+        del table, flat
+        give_back()
     return Cohort(
         tuple(runs), pa.concat_tables(scans).combine_chunks(), Measured(tuple(regions)), doubled, pa.concat_tables(baselines)
     )
@@ -150,7 +152,7 @@ def _read_run(uri: str) -> tuple[Run, pa.Table]:
             joined += [_joined(list(whole.values()), len(parts))] if whole else []
             parts += whole
     run = Run(uri, storage.read_json(info_uri), tuple(parts), tuple(torn), evaluation, finished)
-    return run, pa.concat_tables(joined).combine_chunks()
+    return run, pa.concat_tables(joined)
 
 
 def _batches(names: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -101,12 +101,12 @@ def choose(cohort: Cohort, split: str | None) -> list[Shelf]:
     titles = ("Least certain", "In the middle", "Most certain") if split is None else ("Worst", "Median", "Best")
     size = largest_per_scan(cohort, "prediction_voxels" if split is None else "label_voxels")
     known = np.flatnonzero(~np.isnan(ranking))
-    order = [int(row) for row in known[np.lexsort((known, -size[known], ranking[known]))]]
+    order = known[np.lexsort((known, -size[known], ranking[known]))]
     number = min(PER_SHELF, -(-len(order) // 3))
     lowest, rest = order[:number], order[number:]
     highest, rest = rest[len(rest) - min(number, len(rest)) :][::-1], rest[: max(len(rest) - number, 0)]
     start = max((len(rest) - number) // 2, 0)
-    shelves = list(zip(titles, (lowest, rest[start : start + number], highest), strict=True))
+    shelves = [(t, rows.tolist()) for t, rows in zip(titles, (lowest, rest[start : start + number], highest), strict=True)]
     return shelves if split is None else [*shelves, ("Most surprising", _surprising(cohort, split, shelves))]
 
 

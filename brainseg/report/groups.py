@@ -33,14 +33,27 @@ FIRST = ("site", "scanner", "tumour_type", "tumor_type", "fold", "dataset", "run
 """Columns that a reader looks for come first."""
 
 
-def grouping_columns(cohort: Cohort, split: str | None) -> dict[str, list[str | None]]:
-    """Column -> each scan's value as text, for the columns that divide the scans of a split (None: all that are ok)."""
+@dataclass(frozen=True)
+class Grouping:
+    """A column that divides scans: its values in natural order, and for each scan the place of its own (-1: it has none)."""
+
+    values: list[str]
+    place: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, column: pa.Array) -> "Grouping":
+        values = sorted(pc.unique(column).drop_null().to_pylist(), key=_natural)
+        return cls(values, pc.fill_null(pc.index_in(column, value_set=pa.array(values, pa.string())), -1).to_numpy())
+
+
+def grouping_columns(cohort: Cohort, split: str | None) -> dict[str, Grouping]:
+    """The columns that divide the scans of a split (None: all that are ok), with the values of all scans."""
     chosen = _chosen(cohort, split)
     found = {}
     for name, column in _candidates(cohort).items():
         values = pc.unique(column.filter(pa.array(chosen))).drop_null()
         if FEWEST_VALUES <= len(values) <= MOST_VALUES:
-            found[name] = column.to_pylist()
+            found[name] = Grouping.of(column)
     order = sorted(found, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
     return {name: found[name] for name in order[:MOST_COLUMNS]}
 
@@ -66,16 +79,13 @@ def subgroups(cohort: Cohort, split: str | None, rule: Rule) -> list[dict[str, A
     """One entry a column: its values in order, each with its scans, patients, failures and the figures of every region."""
     chosen, rows = _chosen(cohort, split), _Rows.of(cohort, UNSCORED if split is None else SCORED)
     failed = pc.equal(cohort.scans["status"], "failed").to_numpy()
-    patients = patient_codes(cohort.scans["patient_id"].combine_chunks())
+    patients = rows.patient
     named = pc.is_valid(cohort.scans["patient_id"]).to_numpy()
     found = []
-    for name, values in grouping_columns(cohort, split).items():
-        order = sorted({v for v in values if v is not None}, key=_natural)
-        places = {value: place for place, value in enumerate(order)}
-        whose = np.array([-1 if v is None else places[v] for v in values], np.int64)
+    for name, grouping in grouping_columns(cohort, split).items():
         entries = []
-        for place, value in enumerate(order):
-            inside = chosen & (whose == place)
+        for place, value in enumerate(grouping.values):
+            inside = chosen & (grouping.place == place)
             if inside.any():
                 entry = {
                     "value": value,
@@ -84,7 +94,7 @@ def subgroups(cohort: Cohort, split: str | None, rule: Rule) -> list[dict[str, A
                     "failed": int(failed[inside].sum()),
                 }
                 entries.append({**entry, "regions": rows.figures(inside, rule, labelled=split is not None)})
-        found.append({"column": name, "unknown": int(np.count_nonzero(chosen & (whose < 0))), "values": entries})
+        found.append({"column": name, "unknown": int(np.count_nonzero(chosen & (grouping.place < 0))), "values": entries})
     return list(plain(found))
 
 
@@ -98,38 +108,41 @@ class _Rows:
     """Scan x region rows as plain arrays, so that a large cohort is cut into dozens of groups without copying its tables."""
 
     names: list[str]
-    region: NDArray[np.int64]
-    state: NDArray[Any]
+    region: NDArray[np.int16]
+    states: NDArray[Any]
+    """The words for `state`, of which the last stands for null."""
+    state: NDArray[np.int16]
     scan: NDArray[np.int64]
     patient: NDArray[np.int64]
+    """Of each scan."""
     figure: Mapping[str, NDArray[np.float64]]
 
     @classmethod
     def of(cls, cohort: Cohort, needed: Sequence[str]) -> "_Rows":
-        table = cohort.regions.select(["region", "state", "row", *needed])
-        codes = {name: table[name].combine_chunks().dictionary_encode() for name in ("region", "state")}
-        states = np.array([*codes["state"].dictionary.to_pylist(), ""], dtype=object)
-        scan = table["row"].to_numpy()
+        rows = cohort.regions
+        region, state = (rows[name].combine_chunks().dictionary_encode() for name in ("region", "state"))
         return cls(
-            codes["region"].dictionary.to_pylist(),
-            codes["region"].indices.to_numpy().astype(np.int64),
-            states[codes["state"].indices.to_numpy()],
-            scan,
-            patient_codes(cohort.scans["patient_id"].combine_chunks())[scan],
-            {name: float_column(table, name) for name in needed},
+            region.dictionary.to_pylist(),
+            region.indices.to_numpy().astype(np.int16),
+            np.array([*state.dictionary.to_pylist(), ""], dtype=object),
+            pc.fill_null(state.indices, -1).to_numpy().astype(np.int16),
+            rows["row"].to_numpy(),
+            patient_codes(cohort.scans["patient_id"]),
+            {name: float_column(rows, name) for name in needed},
         )
 
     def figures(self, inside: NDArray[np.bool_], rule: Rule, *, labelled: bool) -> list[dict[str, Any]]:
         """The figures of every region that any of these scans has, with labels or without."""
         taken = inside[self.scan]
         if labelled:
-            taken &= self.state != "no_label"
+            taken &= (self.states != "no_label")[self.state]
         found = []
         for number, region in enumerate(self.names):
             rows = np.flatnonzero(taken & (self.region == number))
             if rows.size:
                 part = {name: column[rows] for name, column in self.figure.items()}
-                measured = _scored(part, self.state[rows], self.patient[rows], rule) if labelled else _unscored(part)
+                whose = self.patient[self.scan[rows]]
+                measured = _scored(part, self.states[self.state[rows]], whose, rule) if labelled else _unscored(part)
                 found.append({"region": region, **measured})
         return found
 

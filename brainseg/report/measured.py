@@ -4,7 +4,9 @@ A million rows of all columns are 300 MB, a column is 8. Each is read when it is
 need its room; a small cohort is read once, whole. Rows come in the order of the scans, whatever order the files have.
 """
 
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,8 +17,15 @@ from numpy.typing import NDArray
 from brainseg.tables import REGION
 
 FIGURES = tuple(figure.name for figure in REGION)
-ROOM_BYTES = 48_000_000
+ROOM_BYTES = 32_000_000
 """What columns that are kept for the next look may take."""
+
+
+def give_back() -> None:
+    """Let the machine have what is free again, and what Arrow and C would keep for the next time."""
+    pa.default_memory_pool().release_unused()
+    with suppress(AttributeError):  # glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,10 @@ class Measured:
             self._keep(self._read(FIGURES if self.is_small else [name]))
         return self._kept[name]
 
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column, as of an Arrow table."""
+        return self[name]
+
     def select(self, names: Sequence[str]) -> pa.Table:
         """Some columns as a table in memory."""
         return pa.table({name: self[name] for name in names})
@@ -99,11 +112,12 @@ class Measured:
         return pa.concat_tables([piece.columns(wanted) for piece in self.pieces] or [empty])
 
     def _keep(self, found: pa.Table) -> None:
-        """Keep columns; the oldest go where room is short."""
+        """Keep columns; where room is short the oldest go, and with them all else that is free by now."""
         for name in found.column_names:
             self._kept[name] = found[name]
         sizes: dict[str, Any] = {name: column.nbytes for name, column in self._kept.items()}
         for name in list(self._kept)[: -found.num_columns]:
             if sum(sizes[kept] for kept in self._kept) <= ROOM_BYTES:
-                break
+                return
             del self._kept[name]
+            give_back()

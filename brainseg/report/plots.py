@@ -4,7 +4,7 @@ A large cohort is drawn as its quartiles and its density, which are over all sca
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,11 @@ from brainseg.report.cohort import carried
 from brainseg.report.facts import Cohort
 from brainseg.report.groups import grouping_columns
 from brainseg.report.rows import (
-    DRAWN,
     distance_unit,
     five_numbers,
     labelled_rows,
     of_region,
+    volume_columns,
     volume_unit,
     volumes,
 )
@@ -76,8 +76,8 @@ def _dots(part: pa.Table, x: Any, y: Any, sample: Sample) -> Dots:
     scans = part["row"].to_numpy()
     x, y = (np.asarray(v, np.float64) for v in (x, y))
     chosen = sample.drawn[scans] & ~np.isnan(x) & ~np.isnan(y)
-    states = np.asarray(part["state"].to_pylist(), dtype=object)
-    return Dots(x[chosen], y[chosen], states[chosen], sample.place[scans[chosen]])
+    states = np.asarray(part["state"].filter(pa.array(chosen)).to_pylist(), dtype=object)
+    return Dots(x[chosen], y[chosen], states, sample.place[scans[chosen]])
 
 
 # --- with labels ----------------------------------------------------------------------------------------------------
@@ -85,35 +85,34 @@ def _dots(part: pa.Table, x: Any, y: Any, sample: Sample) -> Dots:
 
 def labelled_plots(cohort: Cohort, summary: Mapping[str, Any], sample: Sample) -> list[Plot]:
     """Of the leading split the distribution of Dice, and per region Dice, HD95, volumes and trust against one another."""
-    rows = labelled_rows(cohort, summary["headline"], columns=DRAWN)
+    split = summary["headline"]
     agreement = {entry["region"]: entry for entry in summary["volume_agreement"]}
-    strips = [_strip(of_region(rows, region), region, sample) for region in agreement]
-    drawn = charts.strips(strips, charts.share_axis("Dice"), "Dice of every scan by region")
-    found = [
-        Plot("dice", "Dice of every scan", drawn),
-        Plot("hd95", "HD95 of every scan", _hd95_strips(rows, agreement, sample)),
-    ]
+    unit = distance_unit(labelled_rows(cohort, split, columns=["prediction_volume_mm3"]))
+    dice: list[Strip] = []
+    away: list[Strip] = []
+    found: list[Plot] = []
     for number, (region, entry) in enumerate(agreement.items()):
-        part = of_region(rows, region)
+        part = _drawn_rows(cohort, split, region, f"hd95_{unit}")
+        dice.append(_strip(part, region, sample))
+        away.append(_strip(part, region, sample, part[f"hd95_{unit}"].to_numpy(), density=False))
         found += [
             Plot(f"volume-{number}", "Dice against the label's volume", _dice_by_volume(part, sample), region),
             Plot(f"bland-{number}", "Bland–Altman of the volumes", _bland_altman(part, entry, sample), region),
             Plot(f"hd95-{number}", "HD95 against the label's volume", _hd95_by_volume(part, sample), region),
             Plot(f"trust-{number}", "Dice against the network's own trust", _dice_by_trust(part, sample), region),
         ]
-    return found
+    dices = charts.strips(dice, charts.share_axis("Dice"), "Dice of every scan by region")
+    distances = labelled_rows(cohort, split, columns=[f"hd95_{unit}"])[f"hd95_{unit}"].to_numpy()
+    axis = charts.log_axis(distances, f"HD95 ({unit})", infinite=True)
+    hd95 = charts.strips(away, axis, "HD95 of every scan by region; missed and spurious tumours are infinite")
+    return [Plot("dice", "Dice of every scan", dices), Plot("hd95", "HD95 of every scan", hd95), *found]
 
 
-def _hd95_strips(rows: pa.Table, regions: Iterable[str], sample: Sample) -> Chart:
-    """HD95 by region; of a missed or spurious tumour it is infinite and stands at the end."""
-    unit = distance_unit(rows)
-    axis = charts.log_axis(rows[f"hd95_{unit}"].to_numpy(), f"HD95 ({unit})", infinite=True)
-    found = []
-    for region in regions:
-        part = of_region(rows, region)
-        strip = _strip(part, region, sample, part[f"hd95_{unit}"].to_numpy(), density=False)
-        found.append(strip)
-    return charts.strips(found, axis, "HD95 of every scan by region; missed and spurious tumours are infinite")
+def _drawn_rows(cohort: Cohort, split: str, region: str, distance: str) -> pa.Table:
+    """The rows of a region with the columns that its charts need, in the units that they have."""
+    part = labelled_rows(cohort, split, region, ["prediction_volume_mm3"])
+    figures = ("dice", "mean_probability", distance, f"hd95_{distance_unit(part)}", *volume_columns(volume_unit(part)[0]))
+    return labelled_rows(cohort, split, region, list(dict.fromkeys(["row", "state", "prediction_volume_mm3", *figures])))
 
 
 def _strip(part: pa.Table, name: str, sample: Sample, values: Any = None, *, dots: bool = True, density: bool = True) -> Strip:
@@ -204,7 +203,7 @@ def _probability_axis(values: Floats) -> Axis:
 
 def trust_plots(cohort: Cohort, sample: Sample) -> list[Plot]:
     """Over all segmented scans, labels or not: predicted volumes, mean probability and entropy of every scan."""
-    rows, regions = cohort.regions.select(DRAWN), pc.unique(cohort.regions["region"]).to_pylist()
+    rows, whose = cohort.regions, cohort.regions["region"]
     unit, divisor = volume_unit(rows)
     found = []
     for key, title, log in (
@@ -215,9 +214,9 @@ def trust_plots(cohort: Cohort, sample: Sample) -> list[Plot]:
         values = volumes(rows, "prediction", unit, divisor) if log else rows[key].to_numpy()
         known = values[~np.isnan(values) & (values > 0)]
         axis = charts.log_axis(known, title) if log else charts.even_axis(*_ends(known), title)
-        strips = []
-        for region in regions:
-            part = of_region(rows, region)
+        column, strips = volume_columns(unit)[1] if log else key, []
+        for region in pc.unique(whose).to_pylist():
+            part = rows.where(pc.equal(whose, region), ["row", "state", column])
             one = volumes(part, "prediction", unit, divisor) if log else part[key].to_numpy()
             strips.append(_strip(part, region, sample, np.where(one > 0, one, np.nan) if log else one, density=False))
         drawn = charts.strips(strips, axis, f"{title} of every scan by region")
@@ -239,27 +238,30 @@ def _ends(known: Floats) -> tuple[float, float]:
 def group_plots(cohort: Cohort, split: str | None, regions: Sequence[str], sample: Sample) -> dict[str, list[Plot]]:
     """Column -> a chart a region: Dice within each value, or mean probability where there are no labels."""
     name = "mean_probability" if split is None else "dice"
-    rows = cohort.regions.select(DRAWN) if split is None else labelled_rows(cohort, split, columns=DRAWN)
-    dots = len(pc.unique(rows["row"])) <= MOST_DOTS_OF_GROUPS
-    axis = _probability_axis(rows[name].to_numpy()) if split is None else charts.share_axis("Dice")
+    scans = cohort.regions["row"] if split is None else labelled_rows(cohort, split, columns=["row"])["row"]
+    dots = int(np.count_nonzero(np.bincount(scans.to_numpy()))) <= MOST_DOTS_OF_GROUPS
+    axis = _probability_axis(cohort.regions[name].to_numpy()) if split is None else charts.share_axis("Dice")
     found: dict[str, list[Plot]] = {}
-    for number, (column, values) in enumerate(grouping_columns(cohort, split).items()):
-        whose = np.array(values, dtype=object)
-        for place, region in enumerate(regions):
-            part = of_region(rows, region)
-            inside = whose[part["row"].to_numpy()]
+    groupings = grouping_columns(cohort, split)
+    for place, region in enumerate(regions):
+        part = _measured_rows(cohort, split, region, ["row", "state", name])
+        for number, (column, grouping) in enumerate(groupings.items()):
+            inside = grouping.place[part["row"].to_numpy()]
             strips = [
-                _strip(chosen, str(value), sample, chosen[name].to_numpy(), dots=dots, density=split is not None)
-                for value in _in_order({v for v in inside if v is not None})
-                if (chosen := part.filter(pa.array(inside == value))).num_rows
+                _strip(chosen, value, sample, chosen[name].to_numpy(), dots=dots, density=split is not None)
+                for number_, value in enumerate(grouping.values)
+                if (chosen := part.filter(pa.array(inside == number_))).num_rows
             ]
             drawn = charts.strips(strips, axis, f"{axis.title} of {region} by {column}")
             found.setdefault(column, []).append(Plot(f"group-{number}-{place}", f"{region}, by {column}", drawn, region))
     return found
 
 
-def _in_order(values: set[Any]) -> list[Any]:
-    return sorted(values, key=lambda v: (0, float(v), v) if v.lstrip("-").replace(".", "", 1).isdecimal() else (1, 0.0, v))
+def _measured_rows(cohort: Cohort, split: str | None, region: str, columns: Sequence[str]) -> pa.Table:
+    """The rows of a region behind a chart: those with a label, or all of them where there is none."""
+    if split is not None:
+        return labelled_rows(cohort, split, region, columns)
+    return cohort.regions.where(pc.equal(cohort.regions["region"], region), columns)
 
 
 def drift_plots(cohort: Cohort, reference: Cohort, summary: Mapping[str, Any]) -> list[Plot]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,19 +10,52 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from brainseg.aggregate import Rule
+from brainseg.aggregate import Columns, Rule
 from brainseg.report.facts import Cohort
+from brainseg.report.measured import Measured
 
 Floats = NDArray[np.float64]
 
 
 def labelled_rows(cohort: Cohort, split: str, region: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """Scan x region rows of one split's scans that have a label, of one region or all; all of their columns or some."""
+    names = cohort.regions.column_names if columns is None else columns
+    return cohort.regions.where(_is_labelled(cohort, split, region), names)
+
+
+def _is_labelled(cohort: Cohort, split: str, region: str | None) -> pa.ChunkedArray:
     known = pc.not_equal(cohort.regions["state"], "no_label")
     known = pc.and_(known, pc.take(pc.equal(cohort.scans["split"], split), cohort.regions["row"]))
-    if region is not None:
-        known = pc.and_(known, pc.equal(cohort.regions["region"], region))
-    return cohort.regions.where(known, cohort.regions.column_names if columns is None else columns)
+    return known if region is None else pc.and_(known, pc.equal(cohort.regions["region"], region))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The rows of one region and one split that have a label, for `aggregate`: each column is made when it is asked for."""
+
+    cohort: Cohort
+    keep: pa.ChunkedArray
+
+    @classmethod
+    def of(cls, cohort: Cohort, split: str, region: str) -> "Scored":
+        """The same rows as those of `labelled_rows`."""
+        return cls(cohort, _is_labelled(cohort, split, region))
+
+    @property
+    def column_names(self) -> Sequence[str]:
+        return (*self.cohort.regions.column_names, "patient_id")
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A figure, or the patient of each row as a number."""
+        if name == "patient_id":
+            return pa.chunked_array([patients_of(self.cohort, self.column("row"))])
+        return self.cohort.regions[name].filter(self.keep)
+
+
+def patients_of(cohort: Cohort, rows: pa.ChunkedArray) -> pa.Array:
+    """For the position of each scan its patient as a number, null for one who is not named: a tenth of the names' memory."""
+    named = cohort.scans["patient_id"].combine_chunks().dictionary_encode().indices
+    return named.take(rows.combine_chunks())
 
 
 def with_names(cohort: Cohort, regions: pa.Table) -> pa.Table:
@@ -35,10 +69,10 @@ def of_region(table: pa.Table, region: str) -> pa.Table:
     return table.filter(pc.equal(table["region"], region))
 
 
-def ruled_dice(part: pa.Table, rule: Rule) -> Floats:
+def ruled_dice(part: Columns, rule: Rule) -> Floats:
     """Dice per row with NaN for null, as the rule has it: `brats` counts both-empty scans 1."""
-    empty = pc.equal(part["state"], "both_empty").to_numpy()
-    return np.where(empty, 1.0 if rule == "brats" else np.nan, part["dice"].to_numpy())
+    empty = pc.equal(part.column("state"), "both_empty").to_numpy()
+    return np.where(empty, 1.0 if rule == "brats" else np.nan, part.column("dice").to_numpy())
 
 
 def mean_dice_of_scans(cohort: Cohort) -> Floats:
@@ -63,26 +97,25 @@ def largest_per_scan(cohort: Cohort, name: str) -> Floats:
     return size
 
 
-DRAWN = (
-    *("row", "region", "state", "dice", "hd95_mm", "hd95_px", "mean_probability", "mean_entropy"),
-    *("label_volume_mm3", "prediction_volume_mm3", "label_voxels", "prediction_voxels"),
-)
-"""Columns that charts and agreement need."""
+def volume_columns(unit: str) -> tuple[str, str]:
+    """The columns behind `volumes` of the label and of the prediction."""
+    kind = "volume_mm3" if unit == "mL" else "voxels"
+    return f"label_{kind}", f"prediction_{kind}"
 
 
-def volume_unit(rows: pa.Table) -> tuple[str, float]:
+def volume_unit(rows: pa.Table | Measured) -> tuple[str, float]:
     """Unit and divisor of volumes: mL of mm3 where every scan has a spacing, voxels otherwise."""
     return ("mL", 1000.0) if rows["prediction_volume_mm3"].null_count == 0 else ("voxels", 1.0)
 
 
-def volumes(rows: pa.Table, side: str, unit: str, divisor: float) -> Floats:
+def volumes(rows: pa.Table | Measured, side: str, unit: str, divisor: float) -> Floats:
     """Volumes of `label` or `prediction` in the unit that `volume_unit` gave; NaN for null."""
     column = f"{side}_volume_mm3" if unit == "mL" else f"{side}_voxels"
     values: Floats = rows[column].cast(pa.float64()).to_numpy() / divisor
     return values
 
 
-def distance_unit(rows: pa.Table) -> str:
+def distance_unit(rows: pa.Table | Measured) -> str:
     """`mm` where every scan has a spacing, `px` otherwise."""
     return "mm" if volume_unit(rows)[0] == "mL" else "px"
 

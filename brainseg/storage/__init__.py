@@ -220,7 +220,10 @@ def write_table(uri: str, table: pa.Table, *, row_group_rows: int = 64) -> None:
 
 
 def read_pieces(uri: str) -> Iterator[pa.Table]:
-    """Yield a Parquet table row group by row group, for one that is large. Raises StorageError when torn."""
+    """Yield a Parquet table that is large row group by row group, after an empty one that tells the columns.
+
+    Raises StorageError when torn.
+    """
     return parquet.read_pieces(_store(uri), uri)
 
 

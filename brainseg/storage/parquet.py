@@ -1,6 +1,7 @@
 """Tables: Parquet, written whole and read by column, or in pieces where a table is larger than memory should have to be."""
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -31,9 +32,10 @@ def read_table(store: Store, uri: str, columns: list[str] | None) -> pa.Table:
 
 
 def read_pieces(store: Store, uri: str) -> Iterator[pa.Table]:
-    """Yield a Parquet table row group by row group, of which one is in memory. Raises StorageError when torn."""
+    """Yield an empty table, then row group by row group, of which one is in memory. Raises StorageError when torn."""
     with translated("read as Parquet", uri), store.open_table(uri, []) as source, _opened(source) as file:
         columns = frozenset(file.schema_arrow.names)
+        yield file.schema_arrow.empty_table()
         for number in range(file.metadata.num_row_groups):
             if isinstance(source, RangedFile):
                 source.forget()
@@ -87,6 +89,7 @@ def _how(schema: pa.Schema) -> dict[str, Any]:
     return {"compression": "zstd", "use_dictionary": small, "write_statistics": small, "write_page_checksum": True}
 
 
+@lru_cache(maxsize=16)
 def _leaf_columns(schema: pa.Schema) -> list[str]:
     """Parquet's own paths of all leaves, such as `regions.list.element.dice`, but those below `RAW_COLUMNS`."""
     sink = pa.BufferOutputStream()

@@ -210,8 +210,11 @@ class Put:
 def _md5_of(data: bytes | BinaryIO) -> bytes:
     if isinstance(data, bytes):
         return hashlib.md5(data, usedforsecurity=False).digest()
+    digest = hashlib.md5(usedforsecurity=False)
     data.seek(0)
-    return hashlib.file_digest(data, lambda: hashlib.md5(usedforsecurity=False)).digest()
+    while piece := data.read(CHUNK_BYTES):
+        digest.update(piece)
+    return digest.digest()
 
 
 def is_taken(attempt: Attempt, bucket: str, key: str) -> bool:

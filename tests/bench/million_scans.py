@@ -2,11 +2,11 @@
 
     python tests/bench/million_scans.py FOLDER 1000 10000 100000
 
-Each size has a process of its own, so that its peak memory is its own. A step is linear where its time a scan stays as it is.
+Each command has a process of its own, as it has in life, and Linux counts the peak of each step anew (of the whole process,
+with what earlier steps have left). A step is linear where its time a scan stays as it is.
 """
 
 import hashlib
-import resource
 import subprocess
 import sys
 import time
@@ -67,70 +67,102 @@ def write_parts(run: str, table: pa.Table, body: dict, first: int, last: int) ->
             storage.write_table(runs.part_uri(run, part["scan_id"].to_pylist()), part)
 
 
-def measured(folder: Path, scans: int) -> None:
-    """Every step of a run that is killed half-way and taken up again; prints seconds and the driver's peak after each."""
-    run, place = str(folder / f"run-{scans}"), str(folder / f"manifest-{scans}.parquet")
+def forget_peak() -> None:
+    """Let Linux count this process's peak from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb() -> float:
+    """The most memory this process has held since."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+@contextmanager
+def step(scans: int, name: str) -> Iterator[None]:
+    """Print what a step takes: seconds, and the most memory that this process has held meanwhile."""
+    forget_peak()
+    started, worked = time.perf_counter(), time.process_time()
+    yield
+    seconds, cpu = time.perf_counter() - started, time.process_time() - worked
+    each = f"{cpu / scans * 1e6:8.1f} us/scan"
+    print(f"{scans:>9,}  {name:26}{seconds:9.2f} s {cpu:9.2f} CPU s {each}   peak {peak_mb():6.0f} MB", flush=True)
+
+
+def index(folder: Path, scans: int) -> None:
+    """What `brainseg index` leaves."""
     table = manifest_of(scans)
+    with step(scans, "write the manifest"):
+        manifest.write_manifest(str(folder / "manifest.parquet"), table)
 
-    @contextmanager
-    def step(name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{scans:>9,}  {name:28}{seconds:9.2f} s {seconds / scans * 1e6:9.1f} us/scan   peak {peak:7.0f} MB", flush=True)
 
-    with step("write the manifest"):
-        manifest.write_manifest(place, table)
-    del table
-    with step("read, fingerprint, tags"):
-        table = manifest.read_manifest(place)
+def drive(folder: Path, scans: int) -> None:
+    """Every step of the driver of a run that is killed half-way and taken up again."""
+    run = str(folder / "run")
+    with step(scans, "read, fingerprint, tags"):
+        table = manifest.read_manifest(str(folder / "manifest.parquet"))
         identity = runs.Identity(manifest.fingerprint(table), "m" * 64, "c" * 64)
         expected = runs.expected_tags(table)
-    with step("plan"):
+    with step(scans, "plan"):
         make_plan(CLUSTER, scans, How(), COSTS)
     info = _info(scans)
     body = runs.open_run(run, identity, {name: info[name] for name in ("brainseg_version", "source", "model")})
     manifest.write_manifest(storage.join(run, runs.MANIFEST_FILE), table)
-    with step("(stand-in writes half)"):
-        write_parts(run, table, body, 0, scans // 2)
-    with step("resume: what is to be done"):
+    begin("write", folder, 0, scans // 2)
+    with step(scans, "resume: what is to be done"):
         kept = runs.finished_rows(run, expected)
         todo = table.filter(pa.array([s not in kept for s in table["scan_id"].to_pylist()], pa.bool_()))
         assert todo.num_rows == scans - len(kept) == scans - scans // 2
         del kept, todo
-    with step("(stand-in writes the rest)"):
-        write_parts(run, table, body, scans // 2, scans)
-    with step("receipts"):
+    begin("write", folder, scans // 2, scans)
+    with step(scans, "receipts"):
         progress = Progress(scans)
-        receipt = {
-            "part": "p",
-            "ok": SCANS_A_PART,
-            "failed": [],
-            **{f"seconds_{s}": 1.0 for s in ("decode", "predict", "finish")},
-        }
+        seconds = {f"seconds_{stage}": 1.0 for stage in ("decode", "predict", "finish")}
         for _ in range(scans // SCANS_A_PART):
-            progress.take(receipt)
+            progress.take({"part": "p", "ok": SCANS_A_PART, "failed": [], **seconds})
             progress.line()
-    with step("settle"):
+    with step(scans, "settle"):
         counts = runs.settle(run, expected)
-    with step("metrics.parquet"):
+    with step(scans, "metrics.parquet"):
         counts |= runs.write_metrics(run, Split())
-    with step("seals and _SUCCESS.json"):
+    with step(scans, "seals and _SUCCESS.json"):
         runs.finish_run(run, body, counts, {})
-    with step("verify"):
-        problems = verify.verify_run(run)
+
+
+def write(folder: Path, first: int, last: int) -> None:
+    """What the workers do."""
+    run, table = str(folder / "run"), manifest.read_manifest(str(folder / "manifest.parquet"))
+    write_parts(run, table, storage.read_json(storage.join(run, runs.RUN_FILE)), first, last)
+
+
+def prove(folder: Path, scans: int) -> None:
+    """What `brainseg verify` does."""
+    with step(scans, "verify"):
+        problems = verify.verify_run(str(folder / "run"))
         assert not problems, problems[:3]
-    with step("report"):
-        report.build_report([run], str(folder / "report.html"))
+
+
+def tell(folder: Path, scans: int) -> None:
+    """What `brainseg report` does."""
+    with step(scans, "report"):
+        report.build_report([str(folder / "run")], str(folder / "report.html"))
+
+
+COMMANDS = {command.__name__: command for command in (index, drive, write, prove, tell)}
+
+
+def begin(command: str, folder: Path, *numbers: int) -> None:
+    """Run a command in a process of its own, so that its memory is its own."""
+    subprocess.run([sys.executable, __file__, command, str(folder), *map(str, numbers)], check=True)
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1]).resolve()
-    where.mkdir(parents=True, exist_ok=True)
-    if len(sys.argv) == 3:
-        measured(where, int(sys.argv[2]))
+    if sys.argv[1] in COMMANDS:
+        COMMANDS[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:]))
     else:
         print(f"regions a scan: {', '.join(REGIONS)}; {SCANS_A_PART} scans a part")
-        for size in sys.argv[2:]:
-            subprocess.run([sys.executable, __file__, str(where), size], check=True)
+        for size in map(int, sys.argv[2:]):
+            where = Path(sys.argv[1]).resolve() / str(size)
+            where.mkdir(parents=True)
+            for command in ("index", "drive", "prove", "tell"):
+                begin(command, where, size)

@@ -79,7 +79,8 @@ def _region_words(r: Mapping[str, Any]) -> str:
     interval = f" (95 % {low:.4f} to {high:.4f})" if isinstance(low, float) and isinstance(high, float) else ""
     mean, median = (f"{r['dice'][k]:.4f}" if r["dice"][k] is not None else "none" for k in ("mean", "median"))
     counts = ", ".join(f"{r['states'][k]} {k.replace('_', ' ')}" for k in ("missed", "spurious", "both_empty"))
-    return f"Dice mean {mean}{interval}, median {median} over {r['num_scored']} scans of {r['num_patients_scored']} patients; {counts}"
+    over = f"{r['num_scored']} scans of {r['num_patients_scored']} patients"
+    return f"Dice mean {mean}{interval}, median {median} over {over}; {counts}"
 
 
 def _baseline_words(b: Mapping[str, Any]) -> str:

@@ -4,9 +4,7 @@ A million rows of all columns are 300 MB, a column is 8. Each is read when it is
 need its room; a small cohort is read once, whole. Rows come in the order of the scans, whatever order the files have.
 """
 
-import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,10 +20,8 @@ ROOM_BYTES = 32_000_000
 
 
 def give_back() -> None:
-    """Let the machine have what is free again, and what Arrow and C would keep for the next time."""
+    """Let the machine have again what is free, and what Arrow would keep for the next time."""
     pa.default_memory_pool().release_unused()
-    with suppress(AttributeError):  # glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)

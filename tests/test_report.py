@@ -118,6 +118,16 @@ def test_held_out_patients_lead_and_training_patients_are_named_as_such(rows, tm
         assert row["split"] == by_patient.get(row["patient_id"], "outside")
 
 
+def test_patients_who_are_not_named_are_not_counted(rows, tmp_path):
+    unnamed = [{**row, "patient_id": None} for row in rows]
+    pages = {name: make_page(write_run(tmp_path / name, given), tmp_path)[1] for name, given in (("a", rows), ("b", unnamed))}
+    named, said = (re.sub(r"\s+", " ", Page(html).text) for html in pages.values())
+    assert re.search(r"labelled scans, \d+ patients", named)
+    assert "of patients who are not named" in said
+    assert "evaluated, patients not named." in said
+    assert not re.search(r"labelled scans, \d+ patients", said)
+
+
 def test_training_scans_alone_are_no_evaluation(rows, tmp_path):
     split = {"train": [row["patient_id"] for row in rows], "validation": [], "test": []}
     made, html = make_page(write_run(tmp_path / "run", rows, split=split), tmp_path)

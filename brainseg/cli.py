@@ -31,6 +31,9 @@ Price = Annotated[
     float | None,
     typer.Option(min=0, help="What an hour of all the machines costs: the training page adds it up, a dry run forecasts it."),
 ]
+BothEmpty = Annotated[
+    Literal["exclude", "brats"], typer.Option(help="What becomes of scans where label and prediction are both empty.")
+]
 Currency = Annotated[str, typer.Option(help="Of that price.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a config key, such as epochs=10 or optimiser.learning_rate=1e-3.")
@@ -214,10 +217,8 @@ def segment(
     words = {"max_failures": max_failures, "mode": plan, "actors": actors, "scan_seconds": scan_seconds, "dry_run": dry_run}
     words |= {"decode_tasks": decode_tasks, "scans_per_part": scans_per_part, "accept_noncommercial": accept_noncommercial}
     words |= {"price_per_hour": price_per_hour, "currency": currency}
-    how = build(How, words, "segment")
-    assignments = [*(set_ or []), *([f"precision={precision}"] if precision else [])]
-    counts = commands.segment(source, model, out, Voice(quiet=quiet, as_json=json_), how, assignments)
-    if counts.get("failed"):
+    voice, how = Voice(quiet=quiet, as_json=json_), build(How, words, "segment")
+    if commands.segment(source, model, out, voice, how, set_ or [], precision).get("failed"):
         raise typer.Exit(ExitCode.SOME_FAILED)
 
 
@@ -233,9 +234,7 @@ def evaluate(
     ] = None,
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Score the two baselines too.")] = True,
     compare: Annotated[str | None, typer.Option(help="Another run: this one minus it, on the scans both have.")] = None,
-    rule: Annotated[
-        Literal["exclude", "brats"], typer.Option(help="What becomes of scans where label and prediction are both empty.")
-    ] = "exclude",
+    rule: BothEmpty = "exclude",
     threshold_sweep: Annotated[
         bool,
         typer.Option(
@@ -265,9 +264,7 @@ def evaluate(
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One or more finished runs.")],
     out: Annotated[str | None, typer.Option(help="Where it goes. Default: report.html in the first run, or .json ...")] = None,
-    rule: Annotated[
-        Literal["exclude", "brats"], typer.Option(help="What becomes of scans where label and prediction are both empty.")
-    ] = "exclude",
+    rule: BothEmpty = "exclude",
     where: Annotated[
         str | None,
         typer.Option(

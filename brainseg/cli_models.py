@@ -17,10 +17,10 @@ def list_(
     """List the models that come with brainseg: trained on what, scoring what on whom, and what they are not for."""
     if context.invoked_subcommand:
         return
-    from brainseg import commands
+    from brainseg import given_away
     from brainseg.console import Voice
 
-    commands.models(Voice(as_json=json_))
+    given_away.list_models(Voice(as_json=json_))
 
 
 @models.command()
@@ -37,8 +37,8 @@ def release(
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
 ) -> None:
     """Make a trained model ready to be given away: half as large, with the terms it is given on."""
-    from brainseg import commands
+    from brainseg import given_away
     from brainseg.console import Voice
 
     words = {"data": data, "licence": licence, "unfit_for": unfit_for, "commercial": not noncommercial}
-    commands.release(model, out, name, words, Voice(quiet=quiet))
+    given_away.release_model(model, out, name, words, Voice(quiet=quiet))

@@ -9,7 +9,7 @@ from brainseg import manifest as manifests
 from brainseg import shipped, storage
 from brainseg.aggregate import Rule
 from brainseg.audit import Audit, audit_folds
-from brainseg.card import CARD, ModelCard, Terms, load_card
+from brainseg.card import CARD, ModelCard
 from brainseg.config import How, SegmentConfig, TrainConfig, build, override, read_yaml
 from brainseg.console import Bar, Voice
 from brainseg.contents import with_contents
@@ -18,8 +18,9 @@ from brainseg.folds import FoldPlan
 from brainseg.heartbeat import Progress
 from brainseg.layouts import Inventory
 from brainseg.loggers import targets
-from brainseg.presets import PRESETS, preset
-from brainseg.results import describe_model, evaluation_lines, recipe_line, shipped_words
+from brainseg.presets import PRESETS
+from brainseg.presets import preset as choose
+from brainseg.results import describe_model, evaluation_lines, recipe_line
 from brainseg.watch import Price, Watcher
 
 DEFAULT_PRESETS = {
@@ -94,15 +95,11 @@ def recipe(
         values, source = read_spec(config), config
     else:
         name = preset or _default_preset(manifest)
-        values, source = _preset_values(name), f"preset {name}"
+        values, source = choose(name).model_dump(mode="json"), f"preset {name}"
     words: dict[str, Any] = {} if fold is None else {"folds_held_out": fold}
     if accept_leakage:
         words["accept_leakage"] = True
     return build(TrainConfig, {**override(values, assignments), **words}, source)
-
-
-def _preset_values(name: str) -> dict[str, Any]:
-    return preset(name).model_dump(mode="json")
 
 
 def _default_preset(manifest: str) -> str:
@@ -190,10 +187,17 @@ def cross_validate(
 
 
 def segment(
-    source: str, models: str | Sequence[str], out: str, voice: Voice, how: How, assignments: Sequence[str] = ()
+    source: str,
+    models: str | Sequence[str],
+    out: str,
+    voice: Voice,
+    how: How,
+    assignments: Sequence[str] = (),
+    precision: str | None = None,
 ) -> dict[str, Any]:
-    """Bulk-segment and say the counts."""
-    settings = build(SegmentConfig, override({}, assignments), "segment")
+    """Bulk-segment and say the counts. `precision`, where given, goes before an assignment."""
+    words = {} if precision is None else {"precision": precision}
+    settings = build(SegmentConfig, {**override({}, assignments), **words}, "segment")
     named = [models] if isinstance(models, str) else models
     archive, folders, run = _source(source), [_model(model) for model in named], _target(out)
     from brainseg.observe import Ear
@@ -342,23 +346,6 @@ def presets(voice: Voice) -> None:
     body = {name: p.model_dump(mode="json") for name, p in PRESETS.items()}
     lines = [recipe_line(p) for p in PRESETS.values()]
     voice.result(body, "\n".join(lines))
-
-
-def models(voice: Voice) -> None:
-    """Say what is to be known of each model that ships."""
-    from brainseg.release import described
-
-    known = [described(load_card(name)) for name in shipped.names()]
-    voice.result({"models": known}, "\n\n".join(shipped_words(each) for each in known) or "no model ships with this version")
-
-
-def release(model: str, out: str, name: str, words: Mapping[str, Any], voice: Voice) -> ModelCard:
-    """Make a trained model ready to be given away; says how large it is."""
-    from brainseg.release import release as make
-
-    card = make(_source(model), _target(out), name, build(Terms, dict(words), "terms"))
-    voice.result({"model": out, "name": name}, f"model '{name}' under {words['licence']} -> {out}")
-    return card
 
 
 def phantom(out: str, layout: str, scans: int, broken: int, seed: int, voice: Voice) -> list[tuple[str, str]]:

@@ -222,8 +222,9 @@ class TrainConfig(Config):
 
     def size_in(self, epoch: int) -> int:
         """Pixels a side of what the network is taught with in an epoch, counted from 0."""
-        is_coarse = self.coarse_size is not None and epoch < round(self.epochs * self.coarse_share)
-        return self.coarse_size if is_coarse and self.coarse_size else self.prepare.size
+        if self.coarse_size is None or epoch >= round(self.epochs * self.coarse_share):
+            return self.prepare.size
+        return self.coarse_size
 
 
 class SegmentConfig(Config):

@@ -38,8 +38,7 @@ def segment(spec: SegmentSpec) -> ExitCode:
     limit = None if spec.max_failures is None else str(spec.max_failures)
     kept = spec.model_dump(include=HOW)
     how = build(How, {"max_failures": limit, "mode": spec.plan, **kept}, "spec")
-    assignments = [*spec.set, *([f"precision={spec.precision}"] if spec.precision else [])]
-    counts = commands.segment(spec.source, spec.model, spec.out, Voice(), how, assignments)
+    counts = commands.segment(spec.source, spec.model, spec.out, Voice(), how, spec.set, spec.precision)
     return ExitCode.SOME_FAILED if counts.get("failed") else ExitCode.OK
 
 

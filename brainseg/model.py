@@ -253,9 +253,8 @@ def save_model(uri: str, card: ModelCard, weights: dict[str, Tensor]) -> ModelCa
     return card
 
 
-def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = None) -> Model:
-    """Rebuild a network from its folder. PreflightError when weights and card do not belong together."""
-    card = load_card(uri)
+def load_weights(uri: str, card: ModelCard) -> dict[str, Tensor]:
+    """The tensors of a model's network. PreflightError where they are not those that the card is about."""
     where = f"{uri}/{WEIGHTS}"
     wanted = blueprint(lambda: UNet(card.network, len(card.modalities), len(card.regions)), f"{uri}/{CARD}")
     try:
@@ -266,6 +265,13 @@ def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = 
         raise PreflightError(f"{where}: its sha256 is not the one that {CARD} names; the folder is damaged or mixed")
     tensors = tensors_of(data, where)
     check_fit(tensors, wanted, where)
+    return tensors
+
+
+def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = None) -> Model:
+    """Rebuild a network from its folder. PreflightError when weights and card do not belong together."""
+    card = load_card(uri)
+    tensors = load_weights(uri, card)
     network = UNet(card.network, len(card.modalities), len(card.regions))
     network.load_state_dict(tensors)
     chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

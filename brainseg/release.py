@@ -1,7 +1,7 @@
 """Release: a trained model made ready to be given away: half as large, and with the terms it is given on.
 
-Weights are rounded to float16 (eleven bits of precision, as Micikevicius et al. 2018 keep them); what the network answers
-moves by less than a thousandth, and its figures stay those of the weights before.
+Weights are rounded to float16 (eleven bits of precision, as Micikevicius et al. 2018 keep them). The figures on the card stay
+those of the weights before.
 """
 
 from collections.abc import Mapping
@@ -13,24 +13,18 @@ from torch import Tensor
 from brainseg import storage
 from brainseg.card import CARD, ModelCard, Terms, load_card
 from brainseg.errors import PreflightError, UsageError
-from brainseg.model import WEIGHTS, save_model
-from brainseg.unet import UNet
-from brainseg.weights import MOST_BYTES, check_fit, read_limited, tensors_of
+from brainseg.model import load_weights, save_model
 
 
 def release(model: str, out: str, name: str, terms: Terms) -> ModelCard:
     """Write the model folder `out` with float16 weights, the name and the terms; returns its card. Pictures stay behind.
 
-    UsageError where something stands there already; PreflightError where a number is too large for float16.
+    UsageError where something stands there already; PreflightError where the model is damaged or too large for float16.
     """
     if storage.exists(storage.join(out, CARD)):
         raise UsageError(f"{out} holds a model already; choose another place")
     card = load_card(model)
-    where = storage.join(model, WEIGHTS)
-    tensors = tensors_of(read_limited(where, MOST_BYTES), where)
-    halved = {key: _halved(key, value) for key, value in tensors.items()}
-    network = UNet(card.network, len(card.modalities), len(card.regions))
-    check_fit(halved, network.state_dict(), where)
+    halved = {layer: _halved(layer, tensor) for layer, tensor in load_weights(model, card).items()}
     return save_model(out, card.model_copy(update={"name": name, "terms": terms}), halved)
 
 

@@ -29,7 +29,7 @@ LAYERS = """
     train cross_validation segment export phantom evaluate
     console results
     commands
-    specs demo
+    specs demo given_away
     job submit submitted
     schemas
     cli_jobs cli_models

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -10,7 +11,7 @@ from factory import CPU, make_card, make_model, make_scan, tiny_config, write_sc
 from rows_as_runs import typical_rows, write_run
 from safetensors.torch import load_file
 
-from brainseg import cli, commands, manifest, report, shipped, storage
+from brainseg import cli, commands, given_away, manifest, report, shipped, storage
 from brainseg.card import Terms, load_card
 from brainseg.config import How, SegmentConfig
 from brainseg.console import Voice
@@ -65,6 +66,12 @@ class TestRelease:
         assert (card.name, card.terms) == ("phantom-flair", FREE)
         assert load_card(out) == card
 
+    def test_a_damaged_model_is_refused(self, tmp_path, trained):
+        weights = Path(trained) / WEIGHTS
+        weights.write_bytes(weights.read_bytes() + b"x")
+        with pytest.raises(PreflightError, match="the folder is damaged or mixed"):
+            release(trained, str(tmp_path / "out"), "x", FREE)
+
     def test_only_weights_and_card_go_along(self, tmp_path, trained):
         storage.write_text(f"{trained}/training.html", "patients")
         release(trained, str(tmp_path / "out"), "x", FREE)
@@ -106,7 +113,7 @@ class TestByName:
         assert read_spec(SegmentSpec, str(spec)).model == "free-flair"
 
     def test_they_are_listed_with_what_must_be_known(self, ships, capsys):
-        commands.models(Voice())
+        given_away.list_models(Voice())
         said = capsys.readouterr().out
         assert "free-flair: flair, t1c -> tumor" in said
         assert "trained on    2 patients, chosen on 0: phantoms" in said

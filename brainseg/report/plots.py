@@ -249,8 +249,8 @@ def group_plots(cohort: Cohort, split: str | None, regions: Sequence[str], sampl
             inside = grouping.place[part["row"].to_numpy()]
             strips = [
                 _strip(chosen, value, sample, chosen[name].to_numpy(), dots=dots, density=split is not None)
-                for number_, value in enumerate(grouping.values)
-                if (chosen := part.filter(pa.array(inside == number_))).num_rows
+                for value_place, value in enumerate(grouping.values)
+                if (chosen := part.filter(pa.array(inside == value_place))).num_rows
             ]
             drawn = charts.strips(strips, axis, f"{axis.title} of {region} by {column}")
             found.setdefault(column, []).append(Plot(f"group-{number}-{place}", f"{region}, by {column}", drawn, region))

@@ -279,6 +279,7 @@ def _description(source: str, members: Members, settings: SegmentConfig) -> dict
         "modalities",
         "label_map",
         "dataset",
+        "manifest_fingerprint",
         "metrics",
         "baselines",
         "audit",

@@ -2,28 +2,16 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
+from browsed import WIDTHS, column, names_of, opened
 from rows_as_runs import SHAPE, failed_row, scan_row, tumour, typical_rows, write_run
 
 from brainseg import report
 from brainseg.report.view import build_view
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright here: pip install -e '.[browser]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this system: apt-get install chromium")
 HOSTILE = "\"><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"> {{ 7 * 7 }} 'é/#%&"
-WIDTHS = (1280, 390)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -48,28 +36,6 @@ def page_file(run, tmp_path_factory):
 @pytest.fixture
 def page(browser, page_file):
     yield from opened(browser, page_file)
-
-
-def opened(browser, place, width=1280, scheme="light", fragment=""):
-    """A page with everything that its console and its network say collected in `page.said`."""
-    made = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    made.said, made.asked = [], []
-    made.on("console", lambda line: made.said.append(line.text) if line.type in ("error", "warning") else None)
-    made.on("pageerror", lambda error: made.said.append(str(error)))
-    made.on("request", lambda request: made.asked.append(request.url))
-    made.goto(place.as_uri() + fragment)
-    yield made
-    assert made.said == []
-    assert [url for url in made.asked if not url.startswith(("file:", "data:"))] == []
-    made.close()
-
-
-def names_of(page):
-    return [name.strip() for name in page.locator("#cards h4").all_inner_texts()]
-
-
-def column(page, number):
-    return page.locator(f"#rows tbody td:nth-child({number})").all_inner_texts()
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -141,6 +141,17 @@ def test_a_split_by_scan_is_looked_up_by_scan(rows, tmp_path):
     assert groups == {"test": 2, "train": 1, "outside": len(rows) - 3}
 
 
+def test_namesakes_of_scans_that_the_model_met_are_said_in_red(rows, tmp_path):
+    split = {"unit": "scan", "train": ["scan-000"], "validation": [], "test": ["scan-001", "scan-002"]}
+    trained_on = {"manifest_fingerprint": "a" * 64}
+    theirs = write_run(tmp_path / "theirs", rows, split=split, model=trained_on, manifest_fingerprint="a" * 64)
+    mine = write_run(tmp_path / "mine", rows, split=split, model=trained_on, manifest_fingerprint="b" * 64)
+    named = write_run(tmp_path / "named", rows, model=trained_on, manifest_fingerprint="b" * 64)
+    assert report.summary([theirs])["alerts"] == report.summary([named])["alerts"] == []
+    (alert,) = report.summary([mine])["alerts"]
+    assert alert.startswith("3 scans bear the id of one that the model met in training")
+
+
 def test_what_must_be_known_before_believing_a_figure_is_said_in_red(rows, tmp_path):
     odd = [dict(row) for row in rows]
     odd[0] |= {"modalities_duplicated": ["t1"]}

@@ -25,6 +25,7 @@ def alerts(
     said = [_whose(cohort, run, line) for run in cohort.runs for line in _leakage(run, baselines)]
     said += _unlearnt(cohort, lead, baselines)
     said += [_whose(cohort, run, line) for run in cohort.runs for line in _model(run)]
+    said += [_whose(cohort, run, line) for place, run in enumerate(cohort.runs) for line in _namesakes(cohort, place, run)]
     return said + _unread(cohort, counts) + _odd(cohort)
 
 
@@ -85,6 +86,23 @@ def _model(run: Run) -> list[str]:
     if not run.info.get("finished_at"):
         said.append(f"Run {run.info.get('run_id')} has not finished: its figures will change.")
     return said
+
+
+def _namesakes(cohort: Cohort, place: int, run: Run) -> list[str]:
+    """Scans taken for those of the model's split by a name that pictures of somebody else may bear as well."""
+    trained_on = run.model.get("manifest_fingerprint")
+    column, sides = run.places()
+    if column != "scan_id" or not trained_on or trained_on == run.info.get("manifest_fingerprint"):
+        return []
+    ids = cohort.scans["scan_id"].filter(pc.equal(cohort.scans["run"], place))
+    number = _count(pc.is_in(ids, value_set=pa.array(list(sides), pa.string())))
+    if not number:
+        return []
+    return [
+        f"{_scans(number)} bear the id of one that the model met in training, in another manifest than its own. By the id "
+        "alone, patients being unknown, they are told apart as train, validation and test: if they are other pictures, index "
+        "them under another name (--dataset)."
+    ]
 
 
 def _unread(cohort: Cohort, counts: Mapping[str, int]) -> list[str]:

@@ -118,7 +118,7 @@ def template(name: str) -> Template:
 
 
 def table_data(scans: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of scans as its script reads it: lists rather than objects, four digits, one entry a region in each row.
+    """The table of scans as its script reads it: lists rather than objects, eight digits, one entry a region in each row.
 
     A row is [scan, patient, split, warnings, regions, surprise], a region [state, Dice, precision, recall, HD95, label volume,
     predicted volume, probability, entropy]. Volumes in mL, HD95 in mm where all scans have a spacing, else voxels and pixels.
@@ -149,8 +149,8 @@ def _table_region(entry: Mapping[str, Any], *, metric: bool) -> list[Any]:
 
 
 def _short(value: Any) -> Any:
-    """A number to four digits; whatever else as it is."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    """A number to eight digits, so that the three which are shown are rounded once; whatever else as it is."""
+    return float(f"{value:.8g}") if isinstance(value, float) else value
 
 
 def number(value: float | str | None, digits: int = 3) -> Markup:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 T = TypeVar("T", bound=np.generic)
+Slices = tuple[slice, slice, slice]
 
 AFFINE_TOLERANCE_MM = 1e-2
 """Two affines are the same grid when no corner of the volume moves by more than this."""
@@ -90,6 +91,19 @@ class Grid:
         if self.spacing_mm is None:
             return f"{shape} voxels"
         return f"{shape} voxels, {'x'.join(f'{s:.3g}' for s in self.spacing_mm)} mm, {self.orientation}"
+
+
+def occupied(array: NDArray[np.uint8] | NDArray[np.bool_]) -> Slices:
+    """The smallest box of a `(D, H, W)` array around whatever is not zero; a box of no voxels where nothing is."""
+    bits = array.view(np.uint8)
+    rows, columns = (_span(np.bitwise_or.reduce(bits, axis=0).any(axis=axis)) for axis in (1, 0))
+    slices = _span(np.bitwise_or.reduce(bits[:, rows, columns], axis=1).any(axis=1))
+    return slices, rows, columns
+
+
+def _span(used: NDArray[np.bool_]) -> slice:
+    found = np.flatnonzero(used)
+    return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0, 0)
 
 
 def canonical_axes(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:

@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 
 from brainseg.config import LesionPreset
 from brainseg.errors import Code, ScanError
-from brainseg.geometry import Grid
+from brainseg.geometry import Grid, Slices, occupied
 from brainseg.lesions import LESION_RULES, LESIONWISE, components, count_lesions, match_lesions
 from brainseg.regions import LabelMap
 from brainseg.surfaces import Pair, surface_pair
 
 Mask = NDArray[np.bool_]
 Spacing = tuple[float, float, float]
-Box = tuple[slice, slice, slice]
 State = Literal["both", "missed", "spurious", "both_empty", "no_label"]
 
 TRUST_FROM_NETWORK = ("mean_probability", "mean_entropy", "outside_head_fraction")
@@ -46,7 +45,7 @@ class Frame:
         """A crop (D, H, W) as distances and lesions see it: of a scan of one slice the image (H, W)."""
         return mask[0] if self.shape[0] == 1 and mask.size else mask
 
-    def inside(self, box: Box) -> "Frame":
+    def inside(self, box: Slices) -> "Frame":
         """The frame of a crop of this crop."""
         d, h, w = (first + part.start for first, part in zip(self.start, box, strict=True))
         return Frame(self.shape, (d, h, w))
@@ -70,7 +69,7 @@ def score_scan(
     _check_shapes("scan", prediction, grid.shape)
     if label is not None:
         _check_shapes("scan", label, grid.shape)
-    box = _occupied(prediction if label is None else np.bitwise_or(label, prediction))
+    box = occupied(prediction if label is None else np.bitwise_or(label, prediction))
     frame = Frame(grid.shape).inside(box)
     predictions = label_map.masks(prediction[box], regions)
     labels = [None] * len(regions) if label is None else label_map.masks(label[box], regions)
@@ -113,7 +112,7 @@ def _score(
     lesions: LesionPreset | None,
 ) -> dict[str, Any]:
     """Score masks that are a crop of the scan; all that lies outside the crop is background in both."""
-    box = _occupied(prediction if label is None else label | prediction)
+    box = occupied(prediction if label is None else label | prediction)
     frame = frame.inside(box)
     prediction = prediction[box]
     label = None if label is None else label[box]
@@ -131,19 +130,6 @@ def _score(
         **_lesions(truth, answer, pair, spacing_mm, lesions),
         "touches_border": _touches_border(prediction, frame),
     }
-
-
-def _occupied(array: NDArray[Any]) -> Box:
-    """The smallest box around whatever is not zero; a box of no voxels where nothing is."""
-    bits = array.view(np.uint8)
-    rows, columns = (_extent(np.bitwise_or.reduce(bits, axis=0).any(axis=axis)) for axis in (1, 0))
-    slices = _extent(np.bitwise_or.reduce(bits[:, rows, columns], axis=1).any(axis=1))
-    return slices, rows, columns
-
-
-def _extent(used: Mask) -> slice:
-    found = np.flatnonzero(used)
-    return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0, 0)
 
 
 # --- counts, volumes, overlap ---------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from brainseg import storage
 from brainseg.card import CARD, ModelCard, fingerprint_of, load_card, resolved, save_card
 from brainseg.config import SegmentConfig
 from brainseg.errors import Code, PreflightError, ScanError, StorageError
+from brainseg.geometry import occupied
 from brainseg.postprocess import Smallest, drop_components
 from brainseg.prepare import (
     Plan,
@@ -29,7 +30,6 @@ from brainseg.prepare import (
     native_probabilities,
     plan_scan,
     select_modalities,
-    slices_together,
     stack_context,
     to_tensor,
     uncrop,
@@ -44,6 +44,8 @@ from brainseg.weights import MOST_BYTES, blueprint, check_fit, read_limited, ten
 WEIGHTS = "weights.safetensors"
 PIXELS_PER_FORWARD = {"cpu": 16 * 128 * 128, "cuda": 512 * 128 * 128}
 """How many model-grid pixels go through the network at once: on a CPU what fits its caches, on a GPU what fills it."""
+ENTROPIES_TOGETHER = 1 << 15
+"""Voxels whose entropies a CPU works out at once, in its cache."""
 ALMOST_SURE = 1e-6
 """Probabilities nearer to 0 or 1 count as this far from it where a logarithm is taken."""
 
@@ -106,12 +108,21 @@ class Segmenter(ABC):
         threshold, smallest = self.settings.threshold, self.settings.smallest_component
         assert isinstance(threshold, float), "`resolved` comes before"
         assert smallest != "chosen", "`resolved` comes before"
-        painted = self.drop_components(self.paint(probability, threshold), smallest)
-        kept = torch.from_numpy(label_map(self.card.label_map).masks(painted, self.card.regions)).to(probability.device)
+        painted = self.drop_components(self._painted(probability, threshold), smallest)
         head = torch.from_numpy(_head(scan, self.card.modalities)).to(probability.device)
-        entropies = _mean_entropies(probability, head)
-        trust = tuple(_trust(p, m, head, e) for p, m, e in zip(probability, kept, entropies, strict=True))
+        box = occupied(painted)  # nothing else is in any mask
+        kept = torch.from_numpy(label_map(self.card.label_map).masks(painted[box], self.card.regions)).to(probability.device)
+        inside, entropies = zip(probability[:, *box], kept, strict=True), _mean_entropies(probability, head)
+        trust = tuple(_trust(p, m, head[box], e) for (p, m), e in zip(inside, entropies, strict=True))
         return Prediction(uncrop(painted, scan.grid, scan.box), trust, 0.0)
+
+    def _painted(self, probability: Tensor, threshold: float) -> NDArray[np.uint8]:
+        """`paint` for volumes `(R, D, h, w)`, of which most is background: it is only gone over once."""
+        over = (probability > threshold).cpu().numpy()
+        box = occupied(np.bitwise_or.reduce(over.view(np.uint8), axis=0))
+        painted = np.zeros(over.shape[1:], np.uint8)
+        painted[box] = label_map(self.card.label_map).paint_label(over[:, *box], self.card.regions)
+        return painted
 
 
 class Model(Segmenter):
@@ -213,17 +224,17 @@ def _trust(probability: Tensor, mask: Tensor, head: Tensor, entropy: float | Non
 
 
 def _mean_entropies(probability: Tensor, head: Tensor) -> list[float | None]:
-    """Mean binary entropy in bits over the head `(D, h, w)`, of each region of `(R, D, h, w)`; a few slices at a time."""
-    voxels = int(torch.count_nonzero(head))
-    if not voxels:
+    """Mean binary entropy in bits over the head `(D, h, w)`, of each region of `(R, D, h, w)`; a few voxels at a time."""
+    places = torch.nonzero(head.flatten()).flatten()
+    if not len(places):
         return [None] * len(probability)
-    weight, total = head.float(), torch.zeros(len(probability), dtype=torch.float64)
-    step = slices_together(probability)
-    for part, inside in zip(torch.split(probability, step, dim=1), torch.split(weight, step), strict=True):
-        p = part.clamp(ALMOST_SURE, 1 - ALMOST_SURE)
-        nats = torch.log1p(-p).addcmul_(p, torch.logit(p)).mul_(inside)
-        total -= nats.sum(dim=(1, 2, 3)).cpu().double()
-    return [float(each) for each in total / (voxels * math.log(2))]
+    flat, total = probability.flatten(1), torch.zeros(len(probability), dtype=torch.float64)
+    for part in torch.split(places, len(places) if places.is_cuda else ENTROPIES_TOGETHER):
+        p = flat.index_select(1, part).clamp_(ALMOST_SURE, 1 - ALMOST_SURE)
+        surely_not = torch.log(1 - p)
+        nats = torch.log(p).sub_(surely_not).mul_(p).add_(surely_not)
+        total -= nats.sum(dim=1).cpu().double()
+    return [float(each) for each in total / (len(places) * math.log(2))]
 
 
 def inference_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from brainseg.geometry import occupied
 from brainseg.lesions import components
 from brainseg.regions import LabelMap
 
@@ -30,7 +31,7 @@ def drop_components(label: NDArray[np.uint8], meaning: LabelMap, names: Sequence
     if smallest in (0, 1) or not label.any():
         return label
     order = [name for name, _ in meaning.paint if name in names]
-    box = _extent(label)
+    box = occupied(label)
     inner = label[box]
     kept: dict[str, NDArray[np.bool_]] = {}
     for name, mask in zip(order, meaning.masks(inner, order), strict=True):
@@ -42,13 +43,6 @@ def drop_components(label: NDArray[np.uint8], meaning: LabelMap, names: Sequence
     out = np.zeros_like(label)
     out[box] = meaning.paint_label(np.stack(list(kept.values())), order)
     return out
-
-
-def _extent(label: NDArray[np.uint8]) -> tuple[slice, ...]:
-    """The smallest box of a label that holds all that is not 0."""
-    plane, depth = np.any(label, axis=0), np.any(label, axis=(1, 2))
-    lines = [np.flatnonzero(used) for used in (depth, np.any(plane, axis=1), np.any(plane, axis=0))]
-    return tuple(slice(int(line[0]), int(line[-1]) + 1) for line in lines)
 
 
 def _drop_from(mask: NDArray[np.bool_], smallest: Smallest) -> None:

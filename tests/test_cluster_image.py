@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import brainseg
+from brainseg.environment import FOR_WORKERS
 
 # ---- the image -------------------------------------------------------------------------------------------------------
 
@@ -52,6 +53,13 @@ def test_the_base_is_pinned_and_every_stage_stands_on_it():
     assert all(steps[0] == ("FROM", "${PYTHON}") for steps in stages().values())
     version = re.search(r"python:(\S+?)@", base).group(1)
     assert f" python:{version} \\\n        pip install" in README
+
+
+def test_nodes_of_the_image_and_of_slurm_find_what_a_ray_on_one_machine_finds():
+    image = " ".join(rest for word, rest in stages()["brainseg"] if word == "ENV").split()
+    slurm = re.findall(r"^export (.*)$", (CLUSTER / "slurm.sh").read_text(), flags=re.MULTILINE)
+    for where in (image, " ".join(slurm).split()):
+        assert {f"{name}={value}" for name, value in FOR_WORKERS.items()} <= set(where)
 
 
 @pytest.mark.parametrize("name", IMAGES)

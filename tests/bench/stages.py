@@ -38,7 +38,7 @@ from monai.transforms import (  # noqa: E402
 from brainseg import manifest, metrics  # noqa: E402
 from brainseg.config import PrepareConfig  # noqa: E402
 from brainseg.formats.nifti import read_nifti  # noqa: E402
-from brainseg.geometry import Grid  # noqa: E402
+from brainseg.geometry import Grid, occupied  # noqa: E402
 from brainseg.masks import encode_mask  # noqa: E402
 from brainseg.phantom import write_archive  # noqa: E402
 from brainseg.prepare import plan_scan, select_modalities  # noqa: E402
@@ -131,7 +131,7 @@ def overlap(label: np.ndarray, prediction: np.ndarray) -> Race:
     known = label_map("brats2020")
 
     def ours() -> list[float]:
-        box = metrics._occupied(np.bitwise_or(label, prediction))
+        box = occupied(np.bitwise_or(label, prediction))
         masks = [known.masks(volume[box], REGIONS) for volume in (label, prediction)]
         counts = [metrics._counts(truth, answer, label.size) for truth, answer in zip(*masks, strict=True)]
         return [metrics._overlap("both", each)["dice"] for each in counts]
@@ -155,7 +155,7 @@ def distances(label: np.ndarray, prediction: np.ndarray) -> Race:
     def ours() -> list[tuple[float, float]]:
         found = []
         for mask, guess in zip(labels, predictions, strict=True):
-            box = metrics._occupied(mask | guess)
+            box = occupied(mask | guess)
             pair = surface_pair(mask[box], guess[box], SPACING)
             found.append((pair.hd95, pair.nsd(1)))
         return found

@@ -24,6 +24,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from brainseg.environment import FOR_WORKERS  # noqa: E402
+
 SLICES_TIMED_S = 20.0
 
 
@@ -86,8 +90,6 @@ def bare_forward(model: str, precision: str) -> tuple[int, float, float]:
 
 def bare_pace(model: str, precision: str, processes: int) -> tuple[float, float]:
     """Slices a second of all processes together, and CPU seconds a slice."""
-    from brainseg.environment import FOR_WORKERS
-
     os.environ.update(FOR_WORKERS)  # read when a process starts: what the network gains by them is no gain of the pipeline's
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         found = list(pool.map(bare_forward, [model] * processes, [precision] * processes))
@@ -183,7 +185,7 @@ def slices_of(archive: Path) -> float:
 def peer(name: str, python: str, archive: Path, model: str, out: Path, size: int, scans: int) -> dict[str, float]:
     """A peer's figures, from its own environment; one thread."""
     command = [python, str(HERE / "peers" / f"{name}.py"), str(archive), model, str(out / name), str(size), str(scans)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k not in FOR_WORKERS} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     return dict(json.loads(found.stdout.strip().splitlines()[-1]))
 

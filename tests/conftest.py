@@ -17,6 +17,15 @@ settings.register_profile("repeatable", derandomize=True)  # the same tree passe
 settings.load_profile("repeatable")
 
 
+LONG = ("test_readme", "test_kills", "test_cross_validation", "test_bad_company", "test_specs", "test_train", "test_learn")
+"""Files of few tests that take minutes, the longest first: begun last, one of them keeps all other processes waiting."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real scans that BRAINSEG_DATA names; the test is skipped without it."""

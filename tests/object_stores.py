@@ -16,6 +16,7 @@ import threading
 import time
 import venv
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,6 +27,7 @@ from botocore.awsrequest import AWSPreparedRequest
 from botocore.compat import HTTPHeaders
 from heads import free_ports
 
+from brainseg import storage
 from brainseg.storage.attempts import PATIENT, client, forget_clients
 
 BUCKET = "archive"
@@ -35,6 +37,13 @@ DAY = timedelta(days=1)
 def s3() -> Any:
     """The client that brainseg itself uses now."""
     return client(os.getpid(), PATIENT)
+
+
+def upload(folder: Path, uri: str) -> None:
+    """Copy a folder into the store."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda p: storage.write_bytes(f"{uri}/{p.relative_to(folder).as_posix()}", p.read_bytes()), files))
 
 
 @contextlib.contextmanager

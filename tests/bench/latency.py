@@ -20,15 +20,9 @@ sys.path.insert(0, str(HERE.parent))
 import fault_proxy  # noqa: E402
 import pyarrow.dataset  # noqa: E402
 from bulk import ROOT, copied_archive  # noqa: E402
-from object_stores import BUCKET  # noqa: E402
+from object_stores import BUCKET, upload  # noqa: E402
 
 from brainseg import storage  # noqa: E402
-
-
-def upload(folder: Path, uri: str) -> None:
-    """Copy a folder into the store."""
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        storage.write_bytes(storage.join(uri, path.relative_to(folder).as_posix()), path.read_bytes())
 
 
 def segment(archive: str, model: str, run: str, actors: int) -> float:

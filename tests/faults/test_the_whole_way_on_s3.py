@@ -16,7 +16,7 @@ import pytest
 from fault_proxy import FaultProxy, faulty_store, some
 from faults import victims
 from faults.cohort import Cohort, make_cohort
-from object_stores import BUCKET, SWIFT_KEYS
+from object_stores import BUCKET, SWIFT_KEYS, upload
 
 from brainseg import manifest, runs, storage
 from brainseg.errors import ExitCode
@@ -36,12 +36,6 @@ def brainseg(tmp_path: Path) -> Brainseg:
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
 
     return call
-
-
-def upload(folder: Path, uri: str) -> None:
-    """Copy a folder into the store."""
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        storage.write_bytes(storage.join(uri, path.relative_to(folder).as_posix()), path.read_bytes())
 
 
 def say(title: str, proxy: FaultProxy, seconds: float) -> None:

@@ -19,7 +19,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import pytest
 import yaml
 from cluster_files import documents
 from faults.namespaces import Machine, Network, network, why_not
-from object_stores import BUCKET, SWIFT_KEYS, surroundings, swift_server
+from object_stores import BUCKET, SWIFT_KEYS, surroundings, swift_server, upload
 from test_cluster import table
 from test_listening import is_loopback
 
@@ -140,13 +139,6 @@ def store(net: Network) -> Iterator[None]:
             upload(net.folder / name, f"{HOME}/{name}")
         manifest.write_manifest(f"{HOME}/training.parquet", manifest.index_archive(f"{HOME}/training")[0])
         yield
-
-
-def upload(folder: Path, uri: str) -> None:
-    """Copy a folder into the store."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda p: storage.write_bytes(f"{uri}/{p.relative_to(folder).as_posix()}", p.read_bytes()), files))
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,8 @@ STAND_INS = {
     "srun": 'echo "$RAY_AUTH_MODE $(cat "$RAY_AUTH_TOKEN_PATH") $*" >>"$SEEN/steps"; echo $$ >>"$SEEN/pids"; exec sleep 60',
     "python": """case "$1" in
         -c) exec "$REAL_PYTHON" "$@" ;;
-        -) cat >/dev/null; echo "await $2" >>"$SEEN/waits" ;;
+        -) cat >/dev/null; echo "await $2" >>"$SEEN/waits"
+            until [ -f "$SEEN/pids" ] && [ "$(wc -l <"$SEEN/pids")" -ge "$(wc -l <"$SEEN/waits")" ]; do sleep 0.02; done ;;
         *) echo "$RAY_ADDRESS $(cat "$RAY_AUTH_TOKEN_PATH") $*" >>"$SEEN/driver"; echo $$ >>"$SEEN/pids"; eval "$DRIVER" ;;
     esac""",
 }
@@ -190,9 +191,9 @@ def test_a_slurm_job_has_a_head_without_work_and_a_worker_on_every_node(tmp_path
 def test_a_slurm_job_that_is_told_to_stop_ends_all_that_it_started(tmp_path, slurm, signal_, code):
     job = slurm("segment", "/share/spec.yaml", driver="exec sleep 60")
     until = time.monotonic() + 60
-    while not (tmp_path / "driver").is_file() and time.monotonic() < until:
+    while not (tmp_path / "pids").is_file() or len(seen(tmp_path, "pids")) < 3:
+        assert time.monotonic() < until, "head, workers and driver did not start"
         time.sleep(0.05)
-    time.sleep(0.2)
     job.send_signal(signal_)
     job.communicate(timeout=60)
     assert job.returncode == code

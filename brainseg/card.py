@@ -53,6 +53,18 @@ class Terms(Config):
     unfit_for: Annotated[str, Field(max_length=1000, description="what it must not be used for")]
 
 
+class Pretrained(Config):
+    """The model whose weights a training began with."""
+
+    name: str
+    model_fingerprint: str
+    dataset: str
+    unit: str
+    """What its split is of. Where that is not what this model's is of, whom it met cannot be told by id afterwards."""
+    met: int = 0
+    """Scans kept back or choosing the checkpoint here that it had met; above 0 only where leakage was accepted."""
+
+
 class ModelCard(Config):
     """Everything a model is, beside its weights."""
 
@@ -82,6 +94,8 @@ class ModelCard(Config):
     weights_sha256: str
     terms: Terms | None = None
     """None: nobody has said any; whoever trained it knows."""
+    pretrained: Pretrained | None = None
+    """None: it was trained from nothing. Otherwise whom that model met stand among `split.train`."""
 
 
 def refuse_unaccepted(card: ModelCard, *, accepted: bool) -> None:

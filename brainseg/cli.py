@@ -35,6 +35,10 @@ BothEmpty = Annotated[
     Literal["exclude", "brats"], typer.Option(help="What becomes of scans where label and prediction are both empty.")
 ]
 Currency = Annotated[str, typer.Option(help="Of that price.")]
+NonCommercial = Annotated[
+    bool,
+    typer.Option("--accept-noncommercial", help="Your use is no commercial one, which some models' licences do not allow."),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a config key, such as epochs=10 or optimiser.learning_rate=1e-3.")
 ]
@@ -121,6 +125,14 @@ def train(
     ] = None,
     config: Annotated[str | None, typer.Option(help="A recipe of your own (YAML).")] = None,
     set_: Set = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Fine-tune: begin with this model's weights; its folder, or the name of one that ships. Without --preset or "
+            "--config its own recipe is gone on with, at a quarter of the learning rate.",
+        ),
+    ] = None,
     fold: Annotated[int | None, typer.Option(help="The fold that is kept back and reported on.")] = None,
     cv: Annotated[
         bool, typer.Option("--cv", help="Cross-validate: keep every fold back in turn, a model each, and sum up.")
@@ -137,6 +149,7 @@ def train(
         bool,
         typer.Option("--accept-leakage", help="Train although patients may stand on both sides; every report will say so."),
     ] = False,
+    accept_noncommercial: NonCommercial = False,
     log_to: Annotated[
         list[str] | None,
         typer.Option(help="Log to TensorBoard or MLflow as well: tensorboard[:DIR], mlflow[:URI]. Both are extras to install."),
@@ -154,7 +167,14 @@ def train(
     choose_log_format(log_format)
     picked = commands.picked_folds(cv, folds, fold)
     recipe = commands.recipe(
-        manifest, preset=preset, config=config, assignments=set_ or [], fold=fold, accept_leakage=accept_leakage
+        manifest,
+        preset=preset,
+        config=config,
+        assignments=set_ or [],
+        fold=fold,
+        accept_leakage=accept_leakage,
+        pretrained=pretrained,
+        accept_noncommercial=accept_noncommercial,
     )
     voice, price = Voice(quiet=quiet, as_json=json_), commands.priced(price_per_hour, currency)
     if cv:
@@ -195,10 +215,7 @@ def segment(
     scans_per_part: Annotated[
         int | None, typer.Option(min=1, help="Default: at most 32, and what takes an actor about 20 s.")
     ] = None,
-    accept_noncommercial: Annotated[
-        bool,
-        typer.Option("--accept-noncommercial", help="Your use is no commercial one, which some models' licences do not allow."),
-    ] = False,
+    accept_noncommercial: NonCommercial = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, take a few scans the whole way, say what a run would take.")
     ] = False,

@@ -9,7 +9,7 @@ from brainseg import manifest as manifests
 from brainseg import shipped, storage
 from brainseg.aggregate import Rule
 from brainseg.audit import Audit, audit_folds
-from brainseg.card import CARD, ModelCard
+from brainseg.card import CARD, ModelCard, refuse_unaccepted
 from brainseg.config import How, SegmentConfig, TrainConfig, build, override, read_yaml
 from brainseg.console import Bar, Voice
 from brainseg.contents import with_contents
@@ -85,21 +85,45 @@ def _by_reason(ignored: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def recipe(
-    manifest: str, *, preset: str | None, config: str | None, assignments: Sequence[str], fold: int | None, accept_leakage: bool
+    manifest: str,
+    *,
+    preset: str | None,
+    config: str | None,
+    assignments: Sequence[str],
+    fold: int | None,
+    accept_leakage: bool,
+    pretrained: str | None = None,
+    accept_noncommercial: bool = False,
 ) -> TrainConfig:
-    """Build the training config: a preset or a YAML file, then `--set`, then the options that have words of their own."""
+    """Build the training config: a preset, a YAML file or a pretrained model's own, then `--set`, then what has an option.
+
+    Raises UsageError where the licence of pretrained weights allows no commercial use and nobody has accepted that.
+    """
     if preset and config:
         raise UsageError("give --preset or --config, not both")
     values: Mapping[str, Any]
     if config:
         values, source = read_spec(config), config
+    elif pretrained and not preset:
+        from brainseg.pretrained import recipe_of
+
+        values, source = recipe_of(_model(pretrained)), f"the recipe of {pretrained}"
     else:
         name = preset or _default_preset(manifest)
         values, source = choose(name).model_dump(mode="json"), f"preset {name}"
     words: dict[str, Any] = {} if fold is None else {"folds_held_out": fold}
     if accept_leakage:
         words["accept_leakage"] = True
-    return build(TrainConfig, {**override(values, assignments), **words}, source)
+    if pretrained:
+        words["pretrained"] = pretrained
+    built = build(TrainConfig, {**override(values, assignments), **words}, source)
+    if built.pretrained is None:
+        return built
+    place = _model(built.pretrained)
+    from brainseg.pretrained import any_card
+
+    refuse_unaccepted(any_card(place), accepted=accept_noncommercial)
+    return built.model_copy(update={"pretrained": place})
 
 
 def _default_preset(manifest: str) -> str:

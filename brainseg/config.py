@@ -154,7 +154,7 @@ class OptimiserConfig(Config):
 class TrainConfig(Config):
     """One recipe: from a manifest to a model."""
 
-    added_later = frozenset({"choose", "flip_answers", "overlays_every", "coarse_size", "coarse_share"})
+    added_later = frozenset({"choose", "flip_answers", "overlays_every", "coarse_size", "coarse_share", "pretrained"})
 
     name: str = "unet"
     modalities: tuple[str, ...] = ()
@@ -194,6 +194,10 @@ class TrainConfig(Config):
     """Choose threshold and smallest component on the validation patients once the best weights are found, and measure the
     held-out fold a second time as chosen. The plain figures stay beside it."""
     flip_answers: Annotated[bool, Field(description="with `choose`: average with the left-right mirrored slice there")] = False
+    pretrained: str | None = None
+    """A model to begin with the weights of (fine-tuning): its folder, the name of one that ships, or the folder of a
+    cross-validation, of which each fold begins with the model that kept it back. Network, modalities and regions must be those
+    of this recipe. null: weights drawn from `seed`."""
     seed: Annotated[int, Field(ge=0)] = 0
     folds_held_out: int = 0
     """The manifest's fold that is never trained on and that the model's figures are about."""

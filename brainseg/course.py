@@ -37,6 +37,7 @@ HELD_OUT_CHOSEN_FILE = "held_out_chosen.parquet"
 BASELINES_FILE = "baselines.parquet"
 FAILED_FILE = "held_out_failed.json"
 HARDWARE_FILE = "hardware.json"
+PRETRAINED_FILE = "pretrained.safetensors"
 SCANS_PER_PREDICT = 8
 SHELF_BYTES = 2 << 30
 """Validation scans are kept decoded in a worker's memory up to this much."""
@@ -52,7 +53,14 @@ def worker_loop(job: dict[str, Any]) -> None:
     body = storage.read_json(storage.join(job["work"], "index.json"))
     samples = cache.SampleSet([cache.Entry.from_json(e) for e in body], len(card.regions))
     learner = learn.make_learner(card.train, len(samples), ray.train.torch.get_device(), worker)
+    if card.pretrained:
+        learn.begin_with(learner, _pretrained(job["work"]))
     Course(job["work"], card, learner, samples).run()
+
+
+def _pretrained(work: str) -> dict[str, Tensor]:
+    """The weights that this training begins with, as the driver left them."""
+    return tensors_of(read_limited(storage.join(work, PRETRAINED_FILE), MOST_BYTES), PRETRAINED_FILE)
 
 
 class Shelf:
@@ -268,6 +276,7 @@ class Course:
         scored = self._gather(mine.scored(self.validated, lesions=SegmentConfig().lesion_preset))
         chosen = self._choose() if self.card.train.choose else {}
         as_chosen = self._as_chosen(mine, chosen, scored) if chosen else []
+        before = self._before(mine) if self.card.pretrained else []
         failed = self._gather(list(mine.failures.values()))
         duplicated = self._gather([{scan: names} for scan, names in mine.duplicated.items()])
         if self.learner.worker.rank == 0:
@@ -276,7 +285,7 @@ class Course:
                 save_tensors({k: v.cpu().contiguous() for k, v in self.best.items()}),
             )
             train_rows = manifest.read_manifest(storage.join(self.work, "train.parquet")).to_pylist()
-            metrics, baselines = metrics_table(scored), baselines_table(train_rows, rows, scored, self.card)
+            metrics, baselines = metrics_table(scored), baselines_table(train_rows, rows, scored, self.card, before)
             storage.write_table(storage.join(self.work, HELD_OUT_FILE), metrics, row_group_rows=65536)
             storage.write_table(storage.join(self.work, BASELINES_FILE), baselines, row_group_rows=65536)
             storage.write_json(storage.join(self.work, FAILED_FILE), sorted(failed, key=lambda f: str(f["scan_id"])))
@@ -306,6 +315,13 @@ class Course:
         if settings == SegmentConfig():
             return plain
         return self._gather(held_out.scored(self._answering(settings), lesions=settings.lesion_preset))
+
+    def _before(self, held_out: Shelf) -> list[dict[str, Any]]:
+        """What the held-out scans of all workers score by the weights that this training began with."""
+        self.validated.network.load_state_dict(_pretrained(self.work))
+        scored = held_out.scored(self.validated, lesions=SegmentConfig().lesion_preset)
+        self.validated.network.load_state_dict(self.best)
+        return self._gather(scored)
 
     def _leave_as_chosen(self, chosen: Row, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Leave the held-out rows as chosen for the driver; returns what the result says of them."""

@@ -88,7 +88,7 @@ def find_members(places: Sequence[str], settings: SegmentConfig) -> Members:
     A model that is named twice counts once. UsageError where they cannot answer together; PreflightError for what is none.
     """
     found: dict[str, tuple[str, ModelCard]] = {}
-    for uri in (uri for place in places for uri in _folders(place)):
+    for uri in (uri for place in places for uri in model_folders(place)):
         card = load_card(uri)
         found.setdefault(fingerprint_of(card), (uri, card))
     ordered = [found[fingerprint] for fingerprint in sorted(found)]
@@ -103,7 +103,7 @@ def fold_model(out: str, fold: int) -> str:
     return storage.join(out, f"fold-{fold}")
 
 
-def _folders(place: str) -> list[str]:
+def model_folders(place: str) -> list[str]:
     """The model folders that a place stands for."""
     if (
         place in shipped.names()

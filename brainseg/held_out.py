@@ -41,10 +41,13 @@ def metrics_table(scored: Sequence[Row]) -> pa.Table:
     return pa.Table.from_pylist(sorted(rows, key=lambda r: str(r["scan_id"])), schema=METRICS)
 
 
-def baselines_table(train_rows: Sequence[Row], test_rows: Sequence[Row], scored: Sequence[Row], card: Answers) -> pa.Table:
+def baselines_table(
+    train_rows: Sequence[Row], test_rows: Sequence[Row], scored: Sequence[Row], card: Answers, before: Sequence[Row] = ()
+) -> pa.Table:
     """What the held-out scans score without a network, as a `baselines` table.
 
-    `scored` are the model's own rows: the baselines' rows carry the same words about their scans.
+    `scored` are the model's own rows: the baselines' rows carry the same words about their scans. `before` are those of the
+    weights that a training began with, which are a baseline to it.
     """
     memory = remember(train_rows, card)
     about = {row["scan_id"]: {name: row[name] for name in ABOUT_A_SCAN} for row in scored}
@@ -54,6 +57,7 @@ def baselines_table(train_rows: Sequence[Row], test_rows: Sequence[Row], scored:
         for name, entries in baseline_rows(row, card, memory).items()
         for entry in entries
     ]
+    rows += [{**row, "baseline": "pretrained_weights", "split": "test"} for row in before]
     return pa.Table.from_pylist(sorted(rows, key=lambda r: (r["baseline"], str(r["scan_id"]))), schema=BASELINES)
 
 

@@ -22,6 +22,8 @@ def train(spec: TrainSpec) -> ExitCode:
         assignments=spec.set,
         fold=spec.fold,
         accept_leakage=spec.accept_leakage,
+        pretrained=spec.pretrained,
+        accept_noncommercial=spec.accept_noncommercial,
     )
     folds, price = commands.picked_folds(spec.cv, spec.folds, spec.fold), commands.priced(spec.price_per_hour, spec.currency)
     if spec.cv:

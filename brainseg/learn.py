@@ -79,6 +79,13 @@ def make_learner(config: TrainConfig, samples: int, device: torch.device, worker
     return Learner(config, network, stepped, optimiser, averaged, device, worker, steps)
 
 
+def begin_with(learner: Learner, weights: Mapping[str, Tensor]) -> None:
+    """Put a pretrained network's weights in place of the drawn ones, before the first step."""
+    learner.network.load_state_dict(dict(weights))
+    for name, value in learner.network.state_dict().items():
+        learner.averaged[name].copy_(value)
+
+
 def make_optimiser(config: OptimiserConfig, network: nn.Module) -> torch.optim.Optimizer:
     kind = torch.optim.Adam if config.kind == "adam" else torch.optim.AdamW
     return kind(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)

@@ -19,13 +19,21 @@ from brainseg.model import load_weights, save_model
 def release(model: str, out: str, name: str, terms: Terms) -> ModelCard:
     """Write the model folder `out` with float16 weights, the name and the terms; returns its card. Pictures stay behind.
 
-    UsageError where something stands there already; PreflightError where the model is damaged or too large for float16.
+    UsageError where something stands there already, or where the model began with weights whose licence allows less than
+    these terms; PreflightError where the model is damaged or too large for float16.
     """
     if storage.exists(storage.join(out, CARD)):
         raise UsageError(f"{out} holds a model already; choose another place")
     card = load_card(model)
+    if card.terms and terms.commercial and not card.terms.commercial:
+        raise UsageError(
+            f"{model}: its weights are under {card.terms.licence}, which allows no commercial use; these terms would"
+        )
     halved = {layer: _halved(layer, tensor) for layer, tensor in load_weights(model, card).items()}
-    return save_model(out, card.model_copy(update={"name": name, "terms": terms}), halved)
+    update: dict[str, Any] = {"name": name, "terms": terms}
+    if card.pretrained:  # whose weights it began with is told by name, not by where they lay
+        update["train"] = card.train.model_copy(update={"pretrained": card.pretrained.name})
+    return save_model(out, card.model_copy(update=update), halved)
 
 
 def _halved(name: str, tensor: Tensor) -> Tensor:
@@ -47,6 +55,7 @@ def described(card: ModelCard) -> dict[str, Any]:
         "regions": list(card.regions),
         "trained_on": {
             "dataset": card.dataset,
+            "began_with": card.pretrained.name if card.pretrained else None,
             "unit": card.split.unit,
             **{part: len(getattr(card.split, part)) for part in ("train", "validation", "test")},
         },

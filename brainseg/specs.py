@@ -48,9 +48,20 @@ class TrainSpec(Config):
 
     manifest: Annotated[Place, Field(description="what `brainseg index` wrote")]
     out: Annotated[Place, Field(description="the model folder to make")]
-    preset: Annotated[str | None, Field(description="a recipe by name; null: the strong one for the manifest's layout")] = None
+    preset: Annotated[
+        str | None, Field(description="a recipe by name; null: the strong one for the layout, or that of `pretrained`")
+    ] = None
     config: Annotated[str | None, Field(description="a recipe of your own (YAML), from the root of the package")] = None
     set: Overrides = ()
+    pretrained: Annotated[
+        ModelPlace | None,
+        Field(
+            description="a model to begin with the weights of: its folder, or the name of one that ships; null: from nothing"
+        ),
+    ] = None
+    accept_noncommercial: Annotated[
+        bool, Field(description="this use is none that the licence of those weights forbids where it allows no commercial use")
+    ] = False
     fold: Annotated[int | None, Field(ge=0, description="the fold kept back and reported on")] = None
     workers: Annotated[
         int | str | None, Field(description="4, or 2..8 to take what the cluster has; null: one per GPU, or one")

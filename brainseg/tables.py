@@ -228,7 +228,15 @@ METRICS = _schema(
 BASELINES = _schema(
     "baselines",
     "What the evaluated scans score without a network, written by `evaluate`: `metrics` once more, a row a baseline.",
-    [_field("baseline", pa.string(), "`nothing` or `nearest_training_mask`", required=True), *METRICS],
+    [
+        _field(
+            "baseline",
+            pa.string(),
+            "`nothing`, `nearest_training_mask`, or beside a model that began with another's weights `pretrained_weights`",
+            required=True,
+        ),
+        *METRICS,
+    ],
 )
 
 TABLES: Mapping[str, pa.Schema] = {"manifest": MANIFEST, "scans": SCANS, "metrics": METRICS, "baselines": BASELINES}

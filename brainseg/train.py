@@ -19,7 +19,7 @@ import ray
 import ray.train
 import ray.train.torch
 
-from brainseg import cache, manifest, overlays, storage
+from brainseg import cache, manifest, overlays, pretrained, storage
 from brainseg.audit import Audit, audit_split
 from brainseg.autoscaler import Room, grown
 from brainseg.card import CARD, ModelCard, Split, load_card
@@ -30,6 +30,7 @@ from brainseg.course import (
     HARDWARE_FILE,
     HELD_OUT_CHOSEN_FILE,
     HELD_OUT_FILE,
+    PRETRAINED_FILE,
     worker_loop,
 )
 from brainseg.curves import draw_curves
@@ -99,7 +100,9 @@ def train_model(
     require_room(cluster, crew.fewest, cpus=per_worker, gpus=1 if cluster.gpus else 0, what=what)
     work = f"{out}.work"
     if not claimed_before(work, card):
-        storage.write_json(storage.join(work, "training.json"), _claim(card))
+        if config.pretrained:
+            pretrained.bring(config, storage.join(work, PRETRAINED_FILE))
+        storage.write_json(storage.join(work, "training.json"), claim(card))
     sizes = ", ".join(f"{len(p)} {name}" for name, p in parts.items())
     say(f"scans: {sizes}; {crew} worker(s) of {per_worker} CPU(s){' and a GPU' if cluster.gpus else ''}")
     entries = _decode_once(work, table, {str(r["scan_id"]) for r in parts["train"]}, config, say)
@@ -168,11 +171,15 @@ def draft(table: pa.Table, config: TrainConfig) -> tuple[ModelCard, dict[str, li
     rows = table.to_pylist()
     config = resolve(config, rows)
     split, parts = split_rows(rows, config)
-    return _draft_card(config, rows, split, manifest.fingerprint(table)), parts
+    card = _draft_card(config, rows, split, manifest.fingerprint(table))
+    return (pretrained.descended(card, parts) if config.pretrained else card), parts
 
 
 def _audited(card: ModelCard, audit: Audit, say: Say) -> ModelCard:
     """The card with the verdict of the leakage audit on its split, which is said aloud. Only shared patients are refused."""
+    if card.pretrained:
+        audit = pretrained.audited(audit, card.pretrained)
+        say(pretrained.line(card, card.pretrained))
     for line in audit.lines():
         say(line)
     if audit.verdict == "leaks":
@@ -225,7 +232,7 @@ def finished_before(out: str, card: ModelCard) -> ModelCard | None:
     if not storage.exists(storage.join(out, CARD)):
         return None
     there = load_card(out)
-    if there.train == card.train and there.manifest_fingerprint == card.manifest_fingerprint:
+    if (there.train, there.manifest_fingerprint, there.pretrained) == (card.train, card.manifest_fingerprint, card.pretrained):
         return there
     raise UsageError(f"{out} holds another model ('{there.name}', made {there.created_at}); choose another --out or remove it")
 
@@ -234,15 +241,17 @@ def claimed_before(work: str, card: ModelCard) -> bool:
     """Whether the work folder holds this very training, unfinished; UsageError if it holds another's."""
     place = storage.join(work, "training.json")
     there = storage.exists(place)
-    if there and storage.read_json(place) != _claim(card):
+    if there and storage.read_json(place) != claim(card):
         raise UsageError(
             f"{work} holds an unfinished training with another config or manifest; remove it or choose another --out"
         )
     return there
 
 
-def _claim(card: ModelCard) -> dict[str, str]:
-    return {"config": card.train.fingerprint(), "manifest": card.manifest_fingerprint}
+def claim(card: ModelCard) -> dict[str, str]:
+    """What a work folder says of the training that it belongs to."""
+    asked = {"config": card.train.fingerprint(), "manifest": card.manifest_fingerprint}
+    return asked | ({"pretrained": card.pretrained.model_fingerprint} if card.pretrained else {})
 
 
 def _subset(table: pa.Table, rows: Sequence[Row]) -> pa.Table:

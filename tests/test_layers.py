@@ -25,7 +25,7 @@ LAYERS = """
     ensemble
     contents audit folds manifest lease inflight runs verify clean baselines split scoring sweep learn curves overlays
     report
-    stages workers session autoscaler plan calibrate held_out course
+    stages workers session autoscaler plan calibrate held_out course pretrained
     train cross_validation segment export phantom evaluate
     console results
     commands

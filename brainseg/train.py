@@ -222,9 +222,13 @@ def _draft_card(config: TrainConfig, rows: Sequence[Row], split: Split, fingerpr
         metrics={},
         train=config,
         versions=versions(),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        created_at=_now(),
         weights_sha256="",
     )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def finished_before(out: str, card: ModelCard) -> ModelCard | None:
@@ -366,6 +370,7 @@ def _keep(out: str, work: str, card: ModelCard, used: Mapping[str, Any]) -> Mode
             },
             "baselines": result["baselines"],
             "chosen": result.get("chosen", {}),
+            "created_at": _now(),
             "training": {
                 "epochs": state["epoch"],
                 "best_epoch": state["best_epoch"],

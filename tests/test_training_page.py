@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from brainseg import storage
 from brainseg.aggregate import bootstrap_interval
-from brainseg.card import Split, save_card
+from brainseg.card import Pretrained, Split, save_card
 from brainseg.errors import PreflightError
 from brainseg.presets import preset
 from brainseg.report import figures
@@ -214,6 +214,17 @@ def test_a_recipe_is_compared_with_the_preset_of_its_name():
     assert changes(card(train=as_trained)) == []
     assert changes(card(train=shipped.model_copy(update={"epochs": 1}))) == [f"epochs 1 instead of {shipped.epochs}"]
     assert changes(card(train=tiny_config(name="my own"))) is None
+
+
+def test_three_changes_or_more_stand_in_a_list_below_and_not_in_the_head(tmp_path):
+    trained = preset("demo").model_copy(update={"epochs": 1, "batch_size": 2, "ema_decay": 0.5, "pretrained": "/secret/place"})
+    parent = {"name": "older", "model_fingerprint": "0" * 64, "dataset": "elsewhere", "unit": "patient"}
+    html = page_of(tmp_path, card(train=trained, pretrained=Pretrained(**parent)))
+    head, rest = html.split("</header>")
+    assert "3 keys changed" in text_of(head)
+    assert "beginning with the weights of older (elsewhere)" in text_of(head)
+    assert "epochs 1 instead of" not in head
+    assert "epochs 1 instead of" in text_of(rest)
 
 
 def assert_inert(html):

@@ -25,7 +25,7 @@ from brainseg.report.baselines import not_beaten, words
 from brainseg.report.page import duration, template
 
 PAGE = "training.html"
-NOT_OF_A_RECIPE = {"modalities", "folds_held_out", "accept_leakage", "seed", "overlays_every"}
+NOT_OF_A_RECIPE = {"modalities", "folds_held_out", "accept_leakage", "seed", "overlays_every", "pretrained"}
 """Keys that a manifest, a fold or a person's taste sets without making another recipe of it."""
 Row = Mapping[str, Any]
 

@@ -114,6 +114,14 @@ class RegionSummary:
         return (self.dice.mean or 0.0) * self.num_scored / num if num else None
 
 
+def in_words(scans: int, patients: int, unnamed: int) -> str:
+    """'24 scans of 12 patients', or that nobody says whose they are, though each counts as a patient's for the interval."""
+    if unnamed and unnamed >= patients:
+        return f"{scans} scans, patients not named"
+    rest = f" (each of {unnamed} unnamed scans counted as one)" if unnamed else ""
+    return f"{scans} scans of {patients} patients{rest}"
+
+
 # --- summaries ------------------------------------------------------------------------------------------------------
 
 

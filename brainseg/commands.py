@@ -268,7 +268,7 @@ def sweep(place: str, labels: str | None, voice: Voice, assignments: Sequence[st
     flip = " --set flip=true" if settings.flip else ""
     said = (
         f"threshold {chosen['threshold']:g}, smallest component {chosen['smallest_component']}, chosen on "
-        f"{chosen['num_scans']} validation scans of {chosen['num_patients']} patients ({chosen['rule']}): Dice "
+        f"{chosen['num_scans']} validation scans ({chosen['rule']}): Dice "
         f"{chosen['mean']:.4f}, by default {chosen['default_mean']:.4f}; it is written into {model}; `brainseg segment "
         f"--set threshold=chosen --set smallest_component=chosen{flip}` uses it"
     )

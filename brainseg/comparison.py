@@ -20,7 +20,8 @@ class Comparison:
 
     `wilcoxon_p` is two-sided, on the patients' mean differences, because scans of one patient are not independent.
     `num_left_out` pairs have a null, such as the Dice where both runs rightly found nothing; `num_unmatched` scans stand in one
-    run only; `num_infinite` pairs hold an infinite distance, which counted as `infinite_as`.
+    run only; `num_infinite` pairs hold an infinite distance, which counted as `infinite_as`; `num_unnamed` scans name no
+    patient, and count as one of their own.
     """
 
     num_pairs: int
@@ -31,6 +32,7 @@ class Comparison:
     num_left_out: int = 0
     num_unmatched: int = 0
     num_infinite: int = 0
+    num_unnamed: int = 0
     infinite_as: float | None = None
 
 
@@ -61,6 +63,7 @@ def paired_comparison(
         interval=bootstrap_interval(differences, patients, seed=seed, draws=draws),
         wilcoxon_p=float(wilcoxon(means).pvalue) if means.any() else 1.0,
         num_left_out=differences.size - num_pairs,
+        num_unnamed=sum(whose is None for whose in patients),
     )
 
 

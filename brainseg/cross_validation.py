@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainseg import manifest, storage
-from brainseg.aggregate import RegionSummary, Rule, aggregate, bootstrap_interval
+from brainseg.aggregate import RegionSummary, Rule, aggregate, bootstrap_interval, in_words
 from brainseg.card import ModelCard, load_card
 from brainseg.config import TrainConfig
 from brainseg.course import BASELINES_FILE, FAILED_FILE, HELD_OUT_CHOSEN_FILE, HELD_OUT_FILE
@@ -250,6 +250,7 @@ def _with_interval(summary: RegionSummary, rows: pa.Table, failed: int | None) -
         "pooled_dice": summary.pooled_dice,
         "patient_mean_dice": summary.patient_mean_dice,
         "num_patients": summary.num_patients_scored,
+        "num_unnamed": summary.num_unnamed,
     }
 
 
@@ -308,7 +309,7 @@ def _words(s: Mapping[str, Any]) -> str:
     interval = f" (95 % {low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
     states = f"missed {s['states']['missed']}, spurious {s['states']['spurious']}, both empty {s['states']['both_empty']}"
     mean, median = _number(s["dice_mean"]), _number(s["dice_median"])
-    over = f"{s['num_scans']} scans of {s['num_patients']} patients"
+    over = in_words(s["num_scans"], s["num_patients"], s["num_unnamed"])
     return f"Dice mean {mean}{interval}, median {median}; {states} ({s['rule']}, {over})"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from brainseg.aggregate import in_words
 from brainseg.card import ModelCard
 from brainseg.config import TrainConfig
 
@@ -26,7 +27,7 @@ def choice_words(chosen: Mapping[str, Any]) -> str:
     """What a model's validation patients chose, or that they chose nothing."""
     flip = ", flipped" if chosen["settings"]["flip"] else ""
     what = f"threshold {chosen['threshold']:g}, smallest component {chosen['smallest_component']}{flip}"
-    who = f"on {chosen['num_patients']} validation patients" if chosen["chosen_on"] else f"by nobody: {chosen['why']}"
+    who = f"on {chosen['num_scans']} validation scans" if chosen["chosen_on"] else f"by nobody: {chosen['why']}"
     return f"held-out fold as chosen {who} ({what})"
 
 
@@ -54,9 +55,10 @@ def _comparison_words(region: str, c: Mapping[str, Any]) -> str:
         return f"against the other run, {region}: no scan that both scored"
     low, high = c["interval"]
     interval = "" if low is None else f" (95 % {low:+.4f} to {high:+.4f})"
+    over = in_words(c["num_pairs"], c["num_patients"], c["num_unnamed"])
     return (
-        f"against the other run, {region}: Dice {c['difference']:+.4f}{interval} over {c['num_pairs']} scans of "
-        f"{c['num_patients']} patients ({c['num_left_out']} left out, both rightly empty), Wilcoxon p {c['wilcoxon_p']:.3g}"
+        f"against the other run, {region}: Dice {c['difference']:+.4f}{interval} over {over} "
+        f"({c['num_left_out']} left out, both rightly empty), Wilcoxon p {c['wilcoxon_p']:.3g}"
     )
 
 
@@ -79,7 +81,7 @@ def _region_words(r: Mapping[str, Any]) -> str:
     interval = f" (95 % {low:.4f} to {high:.4f})" if isinstance(low, float) and isinstance(high, float) else ""
     mean, median = (f"{r['dice'][k]:.4f}" if r["dice"][k] is not None else "none" for k in ("mean", "median"))
     counts = ", ".join(f"{r['states'][k]} {k.replace('_', ' ')}" for k in ("missed", "spurious", "both_empty"))
-    over = f"{r['num_scored']} scans of {r['num_patients_scored']} patients"
+    over = in_words(r["num_scored"], r["num_patients_scored"], r["num_unnamed"])
     return f"Dice mean {mean}{interval}, median {median} over {over}; {counts}"
 
 

@@ -17,6 +17,7 @@ from brainseg.aggregate import (
     Spread,
     aggregate,
     bootstrap_interval,
+    in_words,
 )
 from brainseg.metrics import TRUST_FROM_NETWORK, score_region
 
@@ -118,6 +119,13 @@ def test_patients_without_a_name_count_one_by_one():
     ]
     assert (summary.num_patients, summary.num_unnamed) == (3, 2)
     assert summary.patient_mean_dice == pytest.approx(1 / 3)
+
+
+def test_patients_whom_nobody_named_are_never_counted_in_words():
+    assert in_words(24, 12, 0) == "24 scans of 12 patients"
+    assert in_words(24, 24, 24) == "24 scans, patients not named"
+    assert in_words(24, 13, 2) == "24 scans of 13 patients (each of 2 unnamed scans counted as one)"
+    assert in_words(0, 0, 0) == "0 scans of 0 patients"
 
 
 # --- lesions, and what finding nothing is worth

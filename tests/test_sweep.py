@@ -438,9 +438,7 @@ def test_a_card_says_in_words_what_was_chosen_and_what_it_scores(cohort):
     figures |= {"states": {"missed": 1, "spurious": 0}}
     card = load_card(cohort[0]).model_copy(update={"metrics": {"held_out_chosen": {"tumor": figures}}, "chosen": chosen})
     said = describe_model(card, "OUT").splitlines()
-    words = (
-        "held-out fold as chosen on 2 validation patients (threshold 0.3, smallest component 0, flipped), tumor: Dice mean 0.5"
-    )
+    words = "held-out fold as chosen on 2 validation scans (threshold 0.3, smallest component 0, flipped), tumor: Dice mean 0.5"
     assert said[1].startswith(words)
     card = card.model_copy(update={"chosen": unchosen(SegmentConfig(), "no patient was kept for validation")})
     assert "as chosen by nobody: no patient was kept for validation (threshold 0.5" in describe_model(card, "OUT")

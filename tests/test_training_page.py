@@ -306,6 +306,7 @@ def write_cross_validation(folder, **changes):
         "pooled_dice": 0.6,
         "patient_mean_dice": 0.57,
         "num_patients": 6,
+        "num_unnamed": 0,
     }
     body = {
         "name": HOSTILE,

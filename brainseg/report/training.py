@@ -118,6 +118,7 @@ def _measured(table: pa.Table) -> dict[str, dict[str, Any]]:
             "states": dict(s.states),
             "scans": s.num_scored,
             "patients": num_patients(part),
+            "unnamed": s.num_unnamed,
         }
     return out
 
@@ -143,6 +144,7 @@ def _recorded(body: Any) -> dict[str, dict[str, Any]]:
             "states": s.get("states") or {},
             "scans": s.get("num_scans"),
             "patients": s.get("num_patients"),
+            "unnamed": 0,
         }
         for region, s in found
         if isinstance(s, Mapping) and "dice_mean" in s

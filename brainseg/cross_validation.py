@@ -6,7 +6,8 @@
     OUT/baselines.parquet         what the same scans score without a network
     OUT/cross_validation.json     figures over all of them, fold by fold, denominators, who is missing and why
 
-Finished folds are never trained again: the same command goes on with the others.
+Finished folds are never trained again: the same command goes on with the others. Several jobs may share an OUT, each with
+its own `--folds`; the last one to finish sums up them all.
 """
 
 import math
@@ -71,6 +72,7 @@ def cross_validate(
             say(f"fold {fold} did not finish; {len(finished)} of {len(there)} are kept, and the same command goes on from here")
             raise
         finished.add(fold)
+    finished = {fold for fold in there if _is_finished(fold_model(out, fold), drafts[fold])}  # others' too, done meanwhile
     cards = {fold: load_card(fold_model(out, fold)) for fold in sorted(finished)}
     return _sum_up(table, out, cards, place_of, small_tumour_voxels)
 

@@ -1,5 +1,7 @@
 """What a cross-validation says once its folds are finished: plain and as chosen, and of the scans that a mean hides."""
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 from factory import make_network, make_row, tiny_config
@@ -85,6 +87,21 @@ def test_plain_and_chosen_answers_are_gathered_each_scan_once(finished):
         assert (of_body["dice_mean"], of_body["dice_median"]) == (summary.dice.mean, summary.dice.median)
     assert figures(body, "regions_chosen")["dice_mean"] == pytest.approx(figures(body)["dice_mean"] + GAIN)
     assert body["chosen"] == dict.fromkeys(["0", "1", "2"], CHOSEN)
+
+
+def test_a_fold_that_another_job_finished_meanwhile_is_summed_up_too(finished):
+    manifest_uri, out = finished
+    kept, moved = fold_model(out, 1), f"{out}-elsewhere"
+    Path(kept).rename(moved)
+    said = []
+
+    def say(line):
+        if not said:
+            Path(moved).rename(kept)
+        said.append(line)
+
+    assert cross_validate(manifest_uri, out, RECIPE, folds=[0], say=say)["folds"] == [0, 1, 2]
+    assert said[0].startswith("fold 0")
 
 
 def test_the_patients_that_are_named_are_those_behind_the_mean(finished):

@@ -346,6 +346,27 @@ def test_its_figures_are_those_of_its_json(tmp_path):
     assert "2.50 core-hours" in text
 
 
+def test_groups_that_a_mean_hides_and_the_chosen_answers_have_lines_of_their_own(tmp_path):
+    whole = storage.read_json(storage.join(write_cross_validation(tmp_path / "plain"), "cross_validation.json"))
+    summary = whole["regions"]["tumor"]["exclude"]
+
+    def regions(dice):
+        return {"tumor": {"exclude": summary | {"num_scans": 2, "dice_mean": dice}}}
+
+    def small(dice):
+        return [{"name": "small", "what": "label under 6000 voxels <b>", "regions": regions(dice)}]
+
+    chosen = {"0": {"threshold": 0.3, "smallest_component": "largest"}, "1": {"threshold": 0.5, "smallest_component": 50}}
+    more = {"subgroups": small(0.321), "subgroups_chosen": small(0.322), "regions_chosen": regions(0.611), "chosen": chosen}
+    html = storage.read_text(write_folds_page(write_cross_validation(tmp_path / "more", **more)))
+    text = text_of(html)
+    small_ones, all_chosen = "label under 6000 voxels <b>", "as chosen on each fold's validation scans"
+    for who, dice in ((small_ones, "0.321"), (all_chosen, "0.611"), (small_ones, "0.322")):
+        assert f"{who} 2 {dice} ( 0.500 to 0.600 )" in text
+    assert "0: 0.3 and largest; 1: 0.5 and 50." in text
+    assert "<b>" not in html.split("<main>")[1].split("<tbody>")[1].split("</tbody>")[0]
+
+
 def test_a_leaking_fold_is_named_in_red(tmp_path):
     html = storage.read_text(write_folds_page(write_cross_validation(tmp_path, leakage_audit={"0": "clean", "1": "leaks"})))
     assert "the split leaks in fold 1" in re.search(r'<div class="alerts".*?</div>', html, re.S).group()

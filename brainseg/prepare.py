@@ -30,6 +30,7 @@ HEAD_MARGIN = 1.05
 VOXELS_IN_CACHE = 1 << 19
 """So many floats are passed over again and again at no more than a cache's speed."""
 SUMMED_AT_ONCE = 1 << 17
+"""So many voxels are widened to float64 at a time: a megabyte, which a cache holds."""
 TILE = 32
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 

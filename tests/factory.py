@@ -134,6 +134,7 @@ def tiny_config(**changes) -> TrainConfig:
         "epochs": 2,
         "batch_size": 4,
         "samples_per_epoch": 12,
+        "precision": "fp32",  # where a processor has bf16, `auto` would take it, and its rounding is no law
     }
     return TrainConfig(**{**plain, **changes})
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 RECIPE = TrainConfig(
     name="tiny",
+    precision="fp32",
     network=NetworkConfig(widths=(8, 8), norm="group"),
     prepare=PrepareConfig(size=16),
     epochs=1,

@@ -16,7 +16,7 @@ LAYERS = """
     errors environment
     regions geometry storage spill tables config versions hardware time_limit outlines
     events progress telemetry observe heartbeat loggers watch
-    unet losses presets
+    unet losses presets precision
     formats surfaces lesions postprocess metrics aggregate averaging comparison
     contrasts layouts readers scans prepare thumbnails masks augment sliding cache patches
     weights shipped

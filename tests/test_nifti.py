@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
 from brainseg.errors import Code, ScanError
+from brainseg.formats.gzipped import RUN
 from brainseg.formats.nifti import read_nifti, write_nifti
 from brainseg.geometry import Grid
 
@@ -384,3 +385,18 @@ def test_what_is_written_is_one_gzip_member_without_a_time():
     stream = zlib.decompressobj(31)
     assert stream.decompress(data) == gzip.GzipFile(fileobj=io.BytesIO(data)).read()
     assert stream.unused_data == b""
+
+
+@pytest.mark.parametrize("first", [None, 0, 1, RUN - 1, RUN, 5 * RUN + 7, 8 * RUN - 1])
+def test_the_zeros_before_a_mask_come_back(first):
+    """They are packed apart: whole runs of them, of which none, some or (in an empty mask) nearly all are there."""
+    mask = np.zeros((8, 256, 256), np.uint8)
+    if first is not None:
+        mask.reshape(-1)[first :: 3 * RUN // 2] = 4
+    data = write_nifti(mask, Grid.of(mask.shape, np.eye(4)))
+    stream = zlib.decompressobj(wbits=31)
+    assert stream.decompress(data)[352:] == mask.tobytes()
+    assert stream.eof
+    assert not stream.unused_data
+    assert np.array_equal(read_nifti(data, "mask.nii.gz").array, mask)
+    assert len(data) < 3000

@@ -19,6 +19,7 @@ from brainseg.train import claim, claimed_before, draft, train_model
 
 RECIPE = TrainConfig(
     name="tiny",
+    precision="fp32",
     network=NetworkConfig(widths=(8, 16), norm="group"),
     prepare=PrepareConfig(size=32),
     loss=LossConfig(kind="bce_dice"),

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 RECIPE = TrainConfig(
     name="tiny",
+    precision="fp32",
     network=NetworkConfig(widths=(8, 16), norm="group", context_slices=1),
     prepare=PrepareConfig(size=32),
     augment=AugmentConfig(rotate_degrees=10, flip=True, intensity=0.1, noise=0.1, blur=0.3, modality_dropout=0.2),

@@ -4,6 +4,7 @@ What a file is called decides nothing; its content does. Every reader judges the
 ScanError alone, whatever the foreign decoder behind it raises.
 """
 
+import codecs
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +118,10 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 def _was_decoded_as_text(data: bytes) -> bool:
     """Whether a decoder put U+FFFD in place of bytes: real image data beyond ASCII is never valid UTF-8 throughout."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data[:4096])  # image data mostly ends the search here
+    except UnicodeDecodeError:
+        return False
     if data.count(_REPLACEMENT, 0, 1 << 20) < 4:
         return False
     try:

@@ -139,10 +139,8 @@ def write_nifti(array: NDArray[Any], grid: Grid) -> bytes:
     if grid.matrix is not None and grid.spacing_mm is not None:
         header["srow"], header["sform_code"], header["units"] = grid.matrix[:3], 1, 2
         header["pixdim"][1:4] = grid.spacing_mm[::-1]
-    content = bytearray(352 + array.size * dtype.itemsize)
-    content[:348] = header.tobytes()
-    np.frombuffer(content, dtype, array.size, 352).reshape(array.shape)[...] = array
-    return pack(content)
+    voxels = np.ascontiguousarray(array, dtype).reshape(-1)
+    return pack(header.tobytes() + bytes(4), voxels.view(np.uint8))
 
 
 def _layout(version: int, order: Order) -> np.dtype[Any]:

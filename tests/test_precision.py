@@ -1,0 +1,113 @@
+"""Precision: in bf16 a network answers, to a thousandth, as in float32; what bf16 could decide, float32 decides."""
+
+import pytest
+import torch
+from factory import CPU, make_card, make_network, make_scan, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from brainseg.config import NetworkConfig, SegmentConfig
+from brainseg.model import Model
+from brainseg.precision import FAR, MOST_UNDECIDED, NEAR, Precise, in_bf16, inference_dtype, rounded, undecided
+from brainseg.unet import UNet, folded
+
+
+class TestRounded:
+    @given(st.integers(0, 2**32 - 1))
+    def test_the_errors_of_a_kernel_nearly_cancel(self, seed):
+        weights = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+        kept = rounded(weights)
+        assert torch.equal(kept, kept.bfloat16().float())
+        largest = kept.abs().amax(dim=(2, 3))
+        drift = (kept - weights).sum(dim=(2, 3)).abs()
+        assert bool((drift <= 2**-8 * largest + 1e-6).all())  # half a step of the coarsest tap, however many taps there are
+
+    def test_no_weight_moves_by_more_than_a_step(self):
+        weights = torch.randn(8, 8, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+        assert bool(((rounded(weights) - weights).abs() <= 2**-7 * weights.abs().amax()).all())
+
+    def test_what_bf16_can_say_stays_as_it_is(self):
+        weights = torch.randn(2, 2, 3, 3).bfloat16().float()
+        assert torch.equal(rounded(weights), weights)
+
+
+class TestInBf16:
+    @pytest.mark.parametrize("residual", [False, True])
+    def test_the_image_meets_float32(self, residual):
+        network = UNet(NetworkConfig(widths=(8, 16), residual=residual), 2, 1).eval()
+        low = in_bf16(folded(network))
+        assert isinstance(low.down[0].conv1, Precise)
+        assert low.down[0].conv1.layer.weight.dtype == torch.float32
+        others = [p for name, p in low.named_parameters() if ".layer." not in name]
+        assert all(p.dtype == torch.bfloat16 for p in others)
+        with torch.inference_mode():
+            x = torch.randn(1, 2, 32, 32)
+            assert torch.allclose(low(x).float(), network(x), atol=0.1, rtol=0.02)
+
+    def test_the_network_it_comes_from_stays_as_it_was(self):
+        network = UNet(NetworkConfig(widths=(8, 16)), 1, 1)
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        in_bf16(network)
+        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+        assert not any(isinstance(m, Precise) for m in network.modules())
+
+    def test_asked_for_it_is_taken_and_otherwise_not(self):
+        assert inference_dtype("bf16", CPU) == torch.bfloat16
+        assert inference_dtype("fp32", CPU) == torch.float32
+
+
+def answer(inside=0, near=0, far=0, slices=4):
+    """Probabilities `(D, 1, 32, 32)` of a scan: so many pixels surely inside, undecided, and not quite sure, a slice each."""
+    found = torch.zeros(slices, 1, 1024)
+    found[0, 0, :inside] = 0.9
+    found[1, 0, :near] = 0.5 + NEAR / 2
+    found[2, 0, :far] = 0.5 - (NEAR + FAR) / 2
+    return found.view(slices, 1, 32, 32)
+
+
+class TestUndecided:
+    def test_a_decided_scan_is_left_alone(self):
+        assert not len(undecided(answer(inside=1000, near=int(1000 * MOST_UNDECIDED) - 1, far=500), 0.5))
+
+    def test_an_undecided_one_names_every_slice_that_bf16_could_change(self):
+        assert undecided(answer(inside=1000, near=30, far=1), 0.5).tolist() == [1, 2]
+
+    def test_a_scan_without_tumour_and_without_doubt_is_left_alone(self):
+        assert not len(undecided(answer(), 0.5))
+
+    def test_doubt_alone_is_looked_into(self):
+        assert undecided(answer(far=3) + answer(near=1), 0.5).tolist() == [1, 2]
+
+    def test_doubt_is_measured_from_the_threshold(self):
+        assert not len(undecided(answer(inside=1000, near=30), 0.3))
+
+    def test_one_undecided_region_is_enough(self):
+        both = torch.cat([answer(inside=1000), answer(inside=1000, near=30)], dim=1)
+        assert undecided(both, 0.5).tolist() == [1]
+
+
+class TestAModelInBf16:
+    def make(self, precision, threshold):
+        card = make_card(tiny_config(network=NetworkConfig(widths=(8, 16))))
+        network = make_network(card).eval()
+        return Model(card, network, "", CPU, SegmentConfig(precision=precision, threshold=threshold))
+
+    def test_where_it_is_undecided_it_answers_as_float32_does(self):
+        """An untrained network says about the same of every voxel: at that threshold all of it is undecided."""
+        low, high = self.make("bf16", 0.12), self.make("fp32", 0.12)
+        (mine,), (others,) = (list(m.probabilities([make_scan()])) for m in (low, high))
+        near = (others - 0.12).abs() < NEAR
+        assert near.any()
+        assert torch.equal(mine[near], others[near])
+        assert (low.predict([make_scan()])[0].label == high.predict([make_scan()])[0].label).all()
+
+    def test_elsewhere_it_answers_in_bf16(self):
+        low, high = self.make("bf16", 0.9), self.make("fp32", 0.9)
+        (mine,), (others,) = (list(m.probabilities([make_scan()])) for m in (low, high))
+        assert not torch.equal(mine, others)
+        assert torch.allclose(mine, others, atol=0.02)
+
+    def test_no_layer_is_left_behind_where_it_cannot_compute(self):
+        assert not [m for m in self.make("fp32", 0.5).network.modules() if isinstance(m, Precise)]
+        assert isinstance(self.make("bf16", 0.5).network.down[0].conv1, nn.Module)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from brainseg.unet import UNet
 
-NEAR, FAR = 0.02, 0.05
-"""A probability nearer to the threshold than the first is undecided; bf16 has not been seen to move one by the second there."""
+NEAR = 0.02
+"""A probability nearer to the threshold is undecided; bf16 seldom moves one by more there."""
 MOST_UNDECIDED = 0.008
 """Undecided pixels as a share of a region's: beyond it bf16 might change more than a thousandth of a mask."""
 
@@ -82,9 +82,13 @@ def rounded(weights: Tensor) -> Tensor:
 
 def undecided(probability: Tensor, threshold: float) -> Tensor:
     """Numbers of the slices of a scan's `(D, R, S, S)` that float32 should answer; none where bf16 cannot have mattered."""
-    distance = (probability - threshold).abs_()
-    near = torch.count_nonzero(distance < NEAR, dim=(0, 2, 3))
-    inside = torch.count_nonzero(probability > threshold, dim=(0, 2, 3))
-    if not bool((near > MOST_UNDECIDED * inside).any()):
-        return torch.empty(0, dtype=torch.int64)
-    return torch.nonzero((distance < FAR).flatten(1).any(dim=1)).flatten()
+    pixels = probability.flatten(2)
+    reached = pixels.amax(dim=2) > threshold - NEAR  # (D, R): elsewhere nothing is near, nor inside
+    again = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
+    for region in range(pixels.shape[1]):
+        slices = torch.nonzero(reached[:, region]).flatten()
+        here = pixels[slices, region]
+        near = ((here - threshold).abs_() < NEAR).sum(dim=1)
+        if int(near.sum()) > MOST_UNDECIDED * int((here > threshold).sum()):
+            again[slices] |= near > 0
+    return torch.nonzero(again).flatten()

@@ -36,7 +36,7 @@ LAYERS = {
         nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.Dropout2d, torch.channels_last
     ),
     3: Layers(
-        nn.Conv3d, nn.ConvTranspose3d, nn.MaxPool3d, nn.BatchNorm3d, nn.InstanceNorm3d, nn.Dropout3d, torch.contiguous_format
+        nn.Conv3d, nn.ConvTranspose3d, nn.MaxPool3d, nn.BatchNorm3d, nn.InstanceNorm3d, nn.Dropout3d, torch.channels_last_3d
     ),
 }
 GROUPS = 8

@@ -1,5 +1,8 @@
 """Precision: in bf16 a network answers, to a thousandth, as in float32; what bf16 could decide, float32 decides."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from factory import CPU, make_card, make_network, make_scan, tiny_config
@@ -8,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from brainseg.config import NetworkConfig, SegmentConfig
-from brainseg.model import Model
-from brainseg.precision import MOST_UNDECIDED, NEAR, Precise, in_bf16, inference_dtype, rounded, undecided
+from brainseg.manifest import index_archive
+from brainseg.model import Model, load_model
+from brainseg.precision import MOST_UNDECIDED, NEAR, Precise, has_fast_bf16, in_bf16, inference_dtype, rounded, undecided
+from brainseg.scans import load_scan
 from brainseg.unet import UNet, folded
 
 
@@ -112,3 +117,16 @@ class TestAModelInBf16:
     def test_no_layer_is_left_behind_where_it_cannot_compute(self):
         assert not [m for m in self.make("fp32", 0.5).network.modules() if isinstance(m, Precise)]
         assert isinstance(self.make("bf16", 0.5).network.down[0].conv1, nn.Module)
+
+
+@pytest.mark.skipif(not has_fast_bf16(CPU), reason="no processor with bf16: emulated, it takes minutes")
+def test_masks_of_real_scans_are_those_of_float32_to_a_thousandth(data_dir, tmp_path):
+    """Networks that ship, on patients whom they never met; `tests/bench/masks_in_bf16.py` takes whole archives."""
+    subprocess.run([sys.executable, str(data_dir / "unpack.py"), "brats2013", str(tmp_path)], check=True, capture_output=True)
+    low, high = (load_model("lgg-flair", SegmentConfig(precision=p), CPU) for p in ("bf16", "fp32"))
+    rows = index_archive(str(tmp_path))[0].to_pylist()
+    assert len(rows) == 3
+    for row in rows:
+        scan = load_scan(row, with_label=False)
+        one, other = (model.predict([scan])[0].label > 0 for model in (low, high))
+        assert 2 * (one & other).sum() >= 0.999 * (one.sum() + other.sum()) > 0

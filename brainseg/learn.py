@@ -71,6 +71,9 @@ def make_learner(config: TrainConfig, samples: int, device: torch.device, worker
     torch.manual_seed(config.seed)
     network = UNet(config.network, len(config.modalities), len(config.regions))
     network.to(device, memory_format=network.memory_format)  # type: ignore[call-overload]
+    for weight in network.parameters():
+        if weight.dim() == 5 and weight[0, 0].numel() == 1:  # of either layout: DDP takes the strides that gradients come with
+            weight.data = weight.data.flatten(1).clone().view_as(weight)
     stepped: nn.Module = network
     if worker.count > 1:
         stepped = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)

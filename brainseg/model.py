@@ -22,7 +22,7 @@ from brainseg.config import SegmentConfig
 from brainseg.errors import Code, PreflightError, ScanError, StorageError
 from brainseg.geometry import occupied
 from brainseg.postprocess import Smallest, drop_components
-from brainseg.precision import in_bf16, inference_dtype, undecided
+from brainseg.precision import decided, in_bf16, inference_dtype
 from brainseg.prepare import (
     Plan,
     canonical_box,
@@ -173,10 +173,7 @@ class Model(Segmenter):
         if self.precise is None:
             return answer
         assert isinstance(self.settings.threshold, float), "`resolved` comes before"
-        again = undecided(answer, self.settings.threshold)
-        if len(again):
-            answer[again] = self._forward(slices[again], self.precise)
-        return answer
+        return decided(answer, self.settings.threshold, lambda numbers: self._forward(slices[numbers], self.precise))
 
     @torch.inference_mode()
     def _slid(self, scan: Scan, plan: Plan, patch: Patch) -> Tensor:

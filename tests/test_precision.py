@@ -13,7 +13,7 @@ from torch import nn
 from brainseg.config import NetworkConfig, SegmentConfig
 from brainseg.manifest import index_archive
 from brainseg.model import Model, load_model
-from brainseg.precision import MOST_UNDECIDED, NEAR, Precise, has_fast_bf16, in_bf16, inference_dtype, rounded, undecided
+from brainseg.precision import NEAR, TOGETHER, Precise, decided, has_fast_bf16, in_bf16, inference_dtype, rounded
 from brainseg.scans import load_scan
 from brainseg.unet import UNet, folded
 
@@ -63,34 +63,68 @@ class TestInBf16:
         assert inference_dtype("fp32", CPU) == torch.float32
 
 
-def answer(inside=0, near=0, below=0):
-    """Probabilities `(4, 1, 32, 32)` of a scan: so many pixels inside, undecided above, undecided below, a slice each."""
-    found = torch.zeros(4, 1, 1024)
-    found[0, 0, :inside] = 0.9
-    found[1, 0, :near] = 0.5 + NEAR / 2
-    found[2, 0, :below] = 0.5 - NEAR / 2
-    return found.view(4, 1, 32, 32)
+def answer(*slices):
+    """Probabilities `(D, 1, 32, 32)`; of each slice how many pixels are inside for sure, and how many undecided, just above."""
+    found = torch.zeros(len(slices), 1, 1024)
+    for number, (inside, near) in enumerate(slices):
+        found[number, 0, :inside] = 0.9
+        found[number, 0, inside : inside + near] = 0.5 + NEAR / 2
+    return found.view(-1, 1, 32, 32)
 
 
-class TestUndecided:
-    def test_a_decided_scan_is_left_alone(self):
-        assert not len(undecided(answer(inside=1000, near=int(1000 * MOST_UNDECIDED) - 1), 0.5))
+class Again:
+    """What float32 says of some slices: all that was undecided changes sides, or nothing. Remembers what it was asked."""
 
-    def test_an_undecided_one_names_every_slice_that_bf16_could_change(self):
-        assert undecided(answer(inside=1000, near=30, below=1), 0.5).tolist() == [1, 2]
+    def __init__(self, first, *, changes):
+        self.slices = torch.where((first - 0.5).abs() < NEAR, 0.5 - NEAR / 2, first) if changes else first + 0.001
+        self.asked = []
 
-    def test_a_scan_without_tumour_and_without_doubt_is_left_alone(self):
-        assert not len(undecided(answer(), 0.5))
+    def __call__(self, numbers):
+        self.asked += numbers.tolist()
+        return self.slices[numbers]
 
-    def test_doubt_alone_is_looked_into(self):
-        assert undecided(answer(below=1), 0.5).tolist() == [2]
+
+class TestDecided:
+    @pytest.mark.parametrize("scan", [[(1000, 7), (0, 0)], [(0, 0)], [(1000, 0), (5, 0)]])
+    def test_a_scan_without_much_doubt_is_left_alone(self, scan):
+        first = answer(*scan)
+        again = Again(first, changes=True)
+        assert torch.equal(decided(first.clone(), 0.5, again), first)
+        assert again.asked == []
+
+    def test_doubt_without_any_tumour_is_looked_into(self):
+        again = Again(answer((0, 0), (0, 1)), changes=True)
+        assert torch.equal(decided(answer((0, 0), (0, 1)), 0.5, again), again.slices)
+        assert again.asked == [1]
+
+    def test_slices_with_most_doubt_come_first_and_none_without(self):
+        scan = [(300, n) for n in range(30)]
+        again = Again(answer(*scan), changes=True)
+        decided(answer(*scan), 0.5, again)
+        assert sorted(again.asked[:TOGETHER], reverse=True) == list(range(29, 29 - TOGETHER, -1))
+        assert len(set(again.asked)) == len(again.asked)
+        assert 0 not in again.asked
+
+    def test_it_goes_on_while_float32_says_otherwise_and_ends_where_it_agrees(self):
+        scan = [(300, 10)] * 40
+        asked = {}
+        for changes in (True, False):
+            again = Again(answer(*scan), changes=changes)
+            decided(answer(*scan), 0.5, again)
+            asked[changes] = len(again.asked)
+        assert asked[True] == 40
+        assert TOGETHER <= asked[False] < 40
 
     def test_doubt_is_measured_from_the_threshold(self):
-        assert not len(undecided(answer(inside=1000, near=30), 0.3))
+        again = Again(answer((100, 30)), changes=True)
+        decided(answer((100, 30)), 0.3, again)
+        assert again.asked == []
 
-    def test_one_undecided_region_is_enough_and_names_its_own_slices(self):
-        both = torch.cat([answer(inside=1000, below=3), answer(inside=1000, near=30)], dim=1)
-        assert undecided(both, 0.5).tolist() == [1]
+    def test_each_region_has_its_own_doubts_and_no_slice_is_asked_twice(self):
+        first = torch.cat([answer((100, 0), (100, 9), (100, 9)), answer((100, 9), (100, 9), (100, 0))], dim=1)
+        again = Again(first, changes=True)
+        assert torch.equal(decided(first.clone(), 0.5, again), again.slices)
+        assert sorted(again.asked) == [0, 1, 2]
 
 
 class TestAModelInBf16:

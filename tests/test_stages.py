@@ -280,8 +280,8 @@ def replace_network(model, network):
     """The same model around another network, without halving: a batch is one scan or it fails."""
 
     class Whole(type(model)):
-        def _forward(self, slices):
-            return self._probabilities(slices)
+        def _forward(self, slices, network=None):
+            return self._probabilities(slices, network or self.network)
 
     return Whole(model.card, network, model.fingerprint, model.device, model.settings)
 

@@ -93,12 +93,20 @@ class Grid:
         return f"{shape} voxels, {'x'.join(f'{s:.3g}' for s in self.spacing_mm)} mm, {self.orientation}"
 
 
-def occupied(array: NDArray[np.uint8] | NDArray[np.bool_]) -> Slices:
-    """The smallest box of a `(D, H, W)` array around whatever is not zero; a box of no voxels where nothing is."""
-    bits = array.view(np.uint8)
-    rows, columns = (_span(np.bitwise_or.reduce(bits, axis=0).any(axis=axis)) for axis in (1, 0))
-    slices = _span(np.bitwise_or.reduce(bits[:, rows, columns], axis=1).any(axis=1))
-    return slices, rows, columns
+def occupied(*arrays: NDArray[np.uint8] | NDArray[np.bool_]) -> Slices:
+    """The smallest box of `(D, H, W)` arrays of one shape around whatever is not zero in any; of no voxels where nothing is."""
+    bits = [array.view(np.uint8) for array in arrays]
+    slices = _span(np.logical_or.reduce([_slices_with_any(each) for each in bits]))
+    plane = np.bitwise_or.reduce([np.bitwise_or.reduce(each[slices], axis=0) for each in bits])
+    return slices, _span(plane.any(axis=1)), _span(plane.any(axis=0))
+
+
+def _slices_with_any(bits: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which slices of `(D, H, W)` bytes hold anything but zeros; eight bytes at a time where they come in eights."""
+    flat = bits.reshape(len(bits), -1)
+    words = flat.view(np.uint64) if flat.flags.c_contiguous and flat.shape[1] % 8 == 0 else flat
+    found: NDArray[np.bool_] = np.bitwise_or.reduce(words, axis=1) != 0
+    return found
 
 
 def _span(used: NDArray[np.bool_]) -> slice:

@@ -69,7 +69,7 @@ def score_scan(
     _check_shapes("scan", prediction, grid.shape)
     if label is not None:
         _check_shapes("scan", label, grid.shape)
-    box = occupied(prediction if label is None else np.bitwise_or(label, prediction))
+    box = occupied(prediction) if label is None else occupied(label, prediction)
     frame = Frame(grid.shape).inside(box)
     predictions = label_map.masks(prediction[box], regions)
     labels = [None] * len(regions) if label is None else label_map.masks(label[box], regions)
@@ -112,7 +112,7 @@ def _score(
     lesions: LesionPreset | None,
 ) -> dict[str, Any]:
     """Score masks that are a crop of the scan; all that lies outside the crop is background in both."""
-    box = occupied(prediction if label is None else label | prediction)
+    box = occupied(prediction) if label is None else occupied(label, prediction)
     frame = frame.inside(box)
     prediction = prediction[box]
     label = None if label is None else label[box]

@@ -119,7 +119,7 @@ class Segmenter(ABC):
     def _painted(self, probability: Tensor, threshold: float) -> NDArray[np.uint8]:
         """`paint` for volumes `(R, D, h, w)`, of which most is background: it is only gone over once."""
         over = (probability > threshold).cpu().numpy()
-        box = occupied(np.bitwise_or.reduce(over.view(np.uint8), axis=0))
+        box = occupied(*over)
         painted = np.zeros(over.shape[1:], np.uint8)
         painted[box] = label_map(self.card.label_map).paint_label(over[:, *box], self.card.regions)
         return painted

@@ -48,9 +48,11 @@ class LabelMap:
 
     def masks(self, label: NDArray[np.uint8], names: Sequence[str]) -> NDArray[np.bool_]:
         """Return the boolean masks `(R, *label.shape)` of the named regions."""
-        masks = np.zeros((len(names), *label.shape), np.bool_)
+        masks = np.empty((len(names), *label.shape), np.bool_)
         for mask, name in zip(masks, names, strict=True):
-            for value in self._region(name):
+            first, *others = self._region(name)
+            np.equal(label, first, out=mask)
+            for value in others:
                 mask |= label == value
         return masks
 

@@ -6,8 +6,9 @@ import pytest
 from factory import FEW, affine
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
-from brainseg.geometry import Grid, canonical_axes, from_canonical, to_canonical
+from brainseg.geometry import Grid, canonical_axes, from_canonical, occupied, to_canonical
 
 shapes = st.tuples(*[st.integers(1, 5)] * 3)
 orders = st.permutations(["LR", "PA", "IS"]).flatmap(lambda pairs: st.tuples(*(st.sampled_from(p) for p in pairs))).map("".join)
@@ -125,3 +126,19 @@ def test_grids_of_other_shape_or_orientation_differ_and_an_unknown_position_fits
 def test_equal_grids_are_equal_values():
     assert Grid.of((1, 2, 3), affine("LPS")) == Grid.of((1, 2, 3), affine("LPS"))
     assert len({Grid.of((1, 2, 3)), Grid.of((1, 2, 3)), Grid.of((1, 2, 4))}) == 2
+
+
+@given(
+    st.lists(
+        npst.arrays(
+            np.uint8, st.shared(npst.array_shapes(min_dims=3, max_dims=3, max_side=9)), elements=st.sampled_from([0, 0, 0, 4])
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_what_is_occupied_is_the_smallest_box_around_all_of_it(arrays):
+    places = np.argwhere(np.bitwise_or.reduce(arrays))
+    expected = tuple(slice(int(a.min()), int(a.max()) + 1) for a in places.T) if len(places) else (slice(0, 0),) * 3
+    assert occupied(*arrays) == expected
+    assert occupied(*(a.transpose(2, 0, 1) for a in arrays)) == tuple(expected[axis] for axis in (2, 0, 1))

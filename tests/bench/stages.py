@@ -134,7 +134,7 @@ def overlap(label: np.ndarray, prediction: np.ndarray) -> Race:
     known = label_map("brats2020")
 
     def ours() -> list[float]:
-        box = occupied(np.bitwise_or(label, prediction))
+        box = occupied(label, prediction)
         masks = [known.masks(volume[box], REGIONS) for volume in (label, prediction)]
         counts = [metrics._counts(truth, answer, label.size) for truth, answer in zip(*masks, strict=True)]
         return [metrics._overlap("both", each)["dice"] for each in counts]
@@ -158,7 +158,7 @@ def distances(label: np.ndarray, prediction: np.ndarray) -> Race:
     def ours() -> list[tuple[float, float]]:
         found = []
         for mask, guess in zip(labels, predictions, strict=True):
-            box = occupied(mask | guess)
+            box = occupied(mask, guess)
             pair = surface_pair(mask[box], guess[box], SPACING)
             found.append((pair.hd95, pair.nsd(1)))
         return found

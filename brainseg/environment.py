@@ -21,8 +21,8 @@ FOR_WORKERS = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
 }
 """What the processes of a Ray node should find. Threads that spin while they wait starve each other: on a machine that does
-anything else a step takes 7 times as long. Some ten microseconds of it do no harm there, and a step on a quiet machine is a sixth
-shorter by them than by none. Memory that glibc hands back for every volume and activation is page by page made
+anything else a step takes 7 times as long. Some microseconds of it do no harm there, and on a quiet machine a step of two
+threads is a sixth shorter than with none. Memory that glibc hands back for every volume and activation is page by page made
 anew by the kernel: kept instead, a scan costs about 3 % less CPU time; the peak of a process was 793 MB for 783."""
 
 

@@ -103,7 +103,7 @@ def occupied(*arrays: NDArray[np.uint8] | NDArray[np.bool_]) -> Slices:
 
 def _slices_with_any(bits: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Which slices of `(D, H, W)` bytes hold anything but zeros; eight bytes at a time where they come in eights."""
-    flat = bits.reshape(len(bits), -1)
+    flat = bits.reshape(len(bits), bits.shape[1] * bits.shape[2])
     words = flat.view(np.uint64) if flat.flags.c_contiguous and flat.shape[1] % 8 == 0 else flat
     found: NDArray[np.bool_] = np.bitwise_or.reduce(words, axis=1) != 0
     return found

@@ -131,7 +131,9 @@ def test_equal_grids_are_equal_values():
 @given(
     st.lists(
         npst.arrays(
-            np.uint8, st.shared(npst.array_shapes(min_dims=3, max_dims=3, max_side=9)), elements=st.sampled_from([0, 0, 0, 4])
+            np.uint8,
+            st.shared(npst.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=9)),
+            elements=st.sampled_from([0, 0, 0, 4]),
         ),
         min_size=1,
         max_size=3,

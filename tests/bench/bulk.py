@@ -96,6 +96,16 @@ def bare_pace(model: str, precision: str, processes: int) -> tuple[float, float]
     return sum(done / wall for done, wall, _ in found), sum(f[2] for f in found) / sum(f[0] for f in found)
 
 
+def _peak_mb(pid: int) -> float:
+    """The most memory that a process ever held: a longer run is not looked at more often at the right moment."""
+    try:
+        status = (Path("/proc") / str(pid) / "status").read_text()
+    except OSError:
+        return 0.0
+    found = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(found[0].split()[1]) * 1024 / 1e6 if found else 0.0
+
+
 class Watch:
     """CPU seconds and memory of a process and all its descendants, sampled, also of those that are gone by the end."""
 
@@ -111,7 +121,7 @@ class Watch:
             self.samples.append((time.time(), sum(self.seconds.values())))
 
     def _look(self) -> None:
-        parents, used, memory = {}, {}, {}
+        parents, used = {}, {}
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
                 fields = path.read_text().rpartition(")")[2].split()
@@ -119,11 +129,10 @@ class Watch:
                 continue
             pid = int(path.parent.name)
             parents[pid], used[pid] = int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            memory[pid] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 1e6
         for pid in used:
             if self._is_ours(pid, parents):
                 self.seconds[pid] = used[pid]
-                self.peak_mb = max(self.peak_mb, memory[pid])
+                self.peak_mb = max(self.peak_mb, _peak_mb(pid))
 
     def _is_ours(self, pid: int, parents: dict[int, int]) -> bool:
         while pid and pid != self.pid:

@@ -4,7 +4,7 @@ bf16 keeps 8 bits of a number. What that does to an answer comes mostly from thr
 itself is rounded (the first convolution stays float32, which costs nothing measurable); the errors of a kernel's weights add
 up over tissue that is smooth (they are rounded so that they cancel); and where a network is undecided the last bits decide
 (such slices are answered once more, in float32). Measured on the 74 patients of the LGG set with `lgg-flair`: figures in the
-README.
+README. The third is for 2D networks, and for each by itself: what several of them say on average may hang on more than that.
 """
 
 import copy
@@ -19,9 +19,11 @@ from brainseg.unet import UNet
 NEAR = 0.02
 """A probability nearer to the threshold is undecided; bf16 seldom moves one by more there."""
 USUALLY_CHANGE, WORTH = 1 / 8, 8
-"""Share of the undecided pixels that float32 puts on the other side, as seen on LGG, and how many looked at outweigh that."""
+"""What share of the undecided pixels float32 is taken to put on the other side before any was looked at, and how many pixels
+that guess weighs as much as."""
 TOLERATED = 0.001
-"""Pixels that may still be on the wrong side, as share of a region's: a Dice to float32's mask of 0.9995."""
+"""Pixels that may still be on the wrong side, as share of a region's: if the guess is right, a Dice to float32's mask of
+about 0.9995."""
 TOGETHER = 8
 """Slices that are answered once more before it is asked again whether that is enough."""
 

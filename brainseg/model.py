@@ -208,7 +208,7 @@ class Model(Segmenter):
         if self.settings.flip:
             mirrored = torch.sigmoid(network(chunk.flip(-1)).float()).flip(-1)
             probability = (probability + mirrored) / 2
-        return probability
+        return probability.contiguous()  # region by region is how it is read from here on
 
 
 def _crop_shape(scan: Scan) -> tuple[int, int, int]:

@@ -35,7 +35,7 @@ trap 'exit 143' TERM
 trap 'exit 130' INT
 (umask 077 && "$python" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$shared/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$shared/token" RAY_USAGE_STATS_ENABLED=0
-export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=10000 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
+export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=10000 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_ARENA_MAX=1
 unset RAY_AUTH_TOKEN
 
 # Jobs of other people may share a node: each has ports and a folder of its own. Paths of sockets must be short.

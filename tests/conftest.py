@@ -13,7 +13,9 @@ from brainseg.environment import prepare_environment
 
 prepare_environment()  # before any test module imports ray
 
-settings.register_profile("repeatable", derandomize=True)  # the same tree passes or fails twice; the slow fuzz draws anew
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None
+)  # the same tree passes or fails twice; the slow fuzz draws anew
 settings.load_profile("repeatable")
 
 

@@ -5,8 +5,9 @@ import torch
 from factory import tiny_config
 from torch import nn
 
+from brainseg import unet
 from brainseg.config import NetworkConfig
-from brainseg.unet import PRIOR_LOGIT, UNet, folded, num_parameters
+from brainseg.unet import PRIOR_LOGIT, Activated, UNet, folded, num_parameters
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance", "group", "none"])
@@ -82,6 +83,47 @@ def test_folded_it_answers_the_same_to_rounding_and_is_left_as_it_was(dimensions
         assert torch.allclose(joined(x), network.eval()(x), atol=1e-4)
     assert not any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) for module in joined.modules())
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+class TestActivationsAreDoneAlongWithConvolutions:
+    def pair(self, monkeypatch, network, x):
+        """What a folded network answers with activations in the same pass, and with activations in one of their own."""
+        ready = folded(network).to(memory_format=network.memory_format)
+        assert any(isinstance(m, Activated) for m in ready.modules())
+        with torch.inference_mode():
+            together = ready.to(x.dtype)(x)
+            monkeypatch.setattr(unet, "_activates_in_one_pass", lambda: False)
+            return together, ready(x)
+
+    @pytest.mark.skipif(not unet._activates_in_one_pass(), reason="this torch cannot")
+    @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+    @pytest.mark.parametrize("residual", [False, True])
+    @pytest.mark.parametrize("dimensions", [2, 3])
+    def test_to_the_last_bit_but_for_leaks_in_bf16(self, monkeypatch, dimensions, residual, activation, precision):
+        torch.manual_seed(2)
+        config = NetworkConfig(dimensions=dimensions, widths=(8, 16, 16), residual=residual, activation=activation)
+        network = UNet(config, 2, 3).eval()
+        together, apart = self.pair(monkeypatch, network, torch.randn(2, 2, *[16] * dimensions).to(precision))
+        assert together.std() > 0
+        if activation == "relu" or precision == torch.float32:
+            assert torch.equal(together, apart)
+        else:  # what leaks is rounded once where it was twice
+            assert (together - apart).norm() < 0.01 * apart.norm()
+
+    def test_not_where_a_norm_stands_between_them_nor_before_the_shortcut_is_added(self):
+        grouped = folded(UNet(NetworkConfig(widths=(8, 8), norm="group"), 1, 1))
+        assert not any(isinstance(module, Activated) for module in grouped.modules())
+        block = folded(UNet(NetworkConfig(widths=(8, 8), residual=True), 1, 1)).down[0]
+        assert isinstance(block.conv1, Activated)
+        assert isinstance(block.conv2, nn.Conv2d)
+        assert isinstance(block.act2, nn.ReLU)
+
+    def test_gradients_are_still_there_for_who_asks_for_them(self):
+        x = torch.randn(1, 1, 8, 8, requires_grad=True)
+        folded(UNet(NetworkConfig(widths=(4, 8)), 1, 1))(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.abs().sum() > 0
 
 
 class TestDeepSupervision:

@@ -12,6 +12,7 @@ its own `--folds`; the last one to finish sums up them all.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -19,14 +20,14 @@ import pyarrow.compute as pc
 
 from brainseg import manifest, storage
 from brainseg.aggregate import RegionSummary, Rule, aggregate, bootstrap_interval, in_words
-from brainseg.card import ModelCard, load_card
+from brainseg.card import CARD, ModelCard, load_card
 from brainseg.config import TrainConfig
 from brainseg.course import BASELINES_FILE, FAILED_FILE, HELD_OUT_CHOSEN_FILE, HELD_OUT_FILE
 from brainseg.ensemble import SUMMARY, fold_model
 from brainseg.errors import BrainsegError, PreflightError
 from brainseg.scoring import summary_json
 from brainseg.split import folds_of, usable_rows
-from brainseg.train import NOBODY, claimed_before, draft, finished_before, train_model
+from brainseg.train import CLAIM_FILE, NOBODY, claimed_before, draft, finished_before, train_model
 from brainseg.watch import Watcher
 
 OUT_OF_FOLD, OUT_OF_FOLD_CHOSEN = "out_of_fold.parquet", "out_of_fold_chosen.parquet"
@@ -62,8 +63,10 @@ def cross_validate(
     unknown = [fold for fold in wanted if fold not in there]
     if unknown:
         raise PreflightError(f"the manifest has no fold {unknown[0]}; it has {there}")
-    drafts = {fold: draft(table, _of_fold(config, fold))[0] for fold in there}
-    finished = {fold for fold in there if _is_finished(fold_model(out, fold), drafts[fold])}
+    drafted = cache(lambda fold: draft(table, _of_fold(config, fold))[0])
+    for fold in wanted:
+        drafted(fold)
+    finished = _finished(out, there, drafted)
     for number, fold in enumerate(wanted, start=1):
         say(f"fold {fold} ({number} of {len(wanted)})")
         try:
@@ -72,7 +75,7 @@ def cross_validate(
             say(f"fold {fold} did not finish; {len(finished)} of {len(there)} are kept, and the same command goes on from here")
             raise
         finished.add(fold)
-    finished = {fold for fold in there if _is_finished(fold_model(out, fold), drafts[fold])}  # others' too, done meanwhile
+    finished = _finished(out, there, drafted)  # others' too, done meanwhile
     cards = {fold: load_card(fold_model(out, fold)) for fold in sorted(finished)}
     return _sum_up(table, out, cards, place_of, small_tumour_voxels)
 
@@ -87,10 +90,19 @@ def _of_fold(config: TrainConfig, fold: int) -> TrainConfig:
     return config.model_copy(update={"folds_held_out": fold})
 
 
-def _is_finished(model: str, card: ModelCard) -> bool:
-    """Whether this very model of a fold is there; UsageError where another one is, finished or not."""
-    claimed_before(f"{model}.work", card)
-    return finished_before(model, card) is not None
+def _finished(out: str, folds: Sequence[int], drafted: Callable[[int], ModelCard]) -> set[int]:
+    """The folds whose very models are in OUT; UsageError where another recipe's is, finished or not.
+
+    A fold of which nothing is there need not be one that could be trained: what it would begin with may be missing.
+    """
+    found: set[int] = set()
+    for fold in folds:
+        model = fold_model(out, fold)
+        if storage.exists(storage.join(f"{model}.work", CLAIM_FILE)):
+            claimed_before(f"{model}.work", drafted(fold))
+        if storage.exists(storage.join(model, CARD)) and finished_before(model, drafted(fold)):
+            found.add(fold)
+    return found
 
 
 # --- summing up -----------------------------------------------------------------------------------------------------

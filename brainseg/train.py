@@ -51,6 +51,8 @@ from brainseg.versions import versions
 from brainseg.watch import LOG, Price, Watcher, watching
 from brainseg.weights import blueprint, check_fit, tensors_of
 
+CLAIM_FILE = "training.json"
+"""In a work folder: which training it belongs to."""
 SCANS_PER_SHARD = 16
 MAX_WORKER_FAILURES = 2
 RESIZE_EVERY_S = 60.0
@@ -102,7 +104,7 @@ def train_model(
     if not claimed_before(work, card):
         if config.pretrained:
             pretrained.bring(config, storage.join(work, PRETRAINED_FILE))
-        storage.write_json(storage.join(work, "training.json"), claim(card))
+        storage.write_json(storage.join(work, CLAIM_FILE), claim(card))
     sizes = ", ".join(f"{len(p)} {name}" for name, p in parts.items())
     say(f"scans: {sizes}; {crew} worker(s) of {per_worker} CPU(s){' and a GPU' if cluster.gpus else ''}")
     entries = _decode_once(work, table, {str(r["scan_id"]) for r in parts["train"]}, config, say)
@@ -243,7 +245,7 @@ def finished_before(out: str, card: ModelCard) -> ModelCard | None:
 
 def claimed_before(work: str, card: ModelCard) -> bool:
     """Whether the work folder holds this very training, unfinished; UsageError if it holds another's."""
-    place = storage.join(work, "training.json")
+    place = storage.join(work, CLAIM_FILE)
     there = storage.exists(place)
     if there and storage.read_json(place) != claim(card):
         raise UsageError(

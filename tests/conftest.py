@@ -13,9 +13,8 @@ from brainseg.environment import prepare_environment
 
 prepare_environment()  # before any test module imports ray
 
-settings.register_profile(
-    "repeatable", derandomize=True, deadline=None
-)  # the same tree passes or fails twice; the slow fuzz draws anew
+# the same tree passes or fails twice, however busy the machine is; the slow fuzz draws anew
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 

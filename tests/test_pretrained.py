@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from brainseg import commands, learn, manifest, pretrained, storage
 from brainseg.card import Terms, load_card, save_card
 from brainseg.config import LossConfig, NetworkConfig, OptimiserConfig, PrepareConfig, SegmentConfig, TrainConfig
+from brainseg.cross_validation import cross_validate
 from brainseg.ensemble import SUMMARY, fold_model
 from brainseg.errors import LeakageError, PreflightError, UsageError
 from brainseg.model import WEIGHTS, load_model
@@ -131,6 +132,18 @@ def test_a_fold_begins_with_the_model_that_kept_it_back(manifest_uri, parent, tm
     assert words(manifest_uri, pretrained=cv, accept_noncommercial=True).network == RECIPE.network
     with pytest.raises(PreflightError, match="no model to begin fold 3 with"):
         draft(manifest.read_manifest(manifest_uri), going_on(cv, folds_held_out=3))
+
+
+def test_of_a_cross_validation_that_is_not_finished_its_finished_folds_can_be_gone_on_with(manifest_uri, parent, tmp_path):
+    cv, out = str(tmp_path / "cv"), str(tmp_path / "tuned")
+    shutil.copytree(parent, fold_model(cv, 0))
+    storage.write_json(storage.join(cv, SUMMARY), {"folds": [0]})
+    short = going_on(cv, epochs=1)
+    assert cross_validate(manifest_uri, out, short, folds=[0], workers=1)["folds"] == [0]
+    with pytest.raises(PreflightError, match="no model to begin fold 3 with"):
+        cross_validate(manifest_uri, out, short, folds=[0, 3], workers=1)
+    with pytest.raises(UsageError, match="holds another model"):
+        cross_validate(manifest_uri, out, going_on(cv, epochs=2), folds=[0], workers=1)
 
 
 def test_larger_slices_are_no_hindrance(manifest_uri, parent):

@@ -25,8 +25,8 @@ FOR_WORKERS = {
 anything else a step takes 7 times as long. Some microseconds of it do no harm there, and on a quiet machine a step of two
 threads is a sixth shorter than with none. Memory that glibc hands back for every volume and activation is page by page made
 anew by the kernel: kept instead, a scan costs about 3 % less CPU time; the peak of a process was 793 MB for 783. One heap for
-all threads: what the thread that decodes has freed serves the one that predicts, and a process stops growing after some 15
-scans of BraTS, at 1,004 MB; with a heap a thread it went on to 1,117 MB and more."""
+all threads: what the thread that decodes has freed serves the one that predicts, and a process that
+took 40 scans of BraTS was at 1,004 MB from the 16th on; with a heap a thread it came to 1,117 MB, with two heaps to 1,175."""
 
 
 def prepare_environment(*, joins: bool = False) -> None:

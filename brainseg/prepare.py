@@ -32,6 +32,9 @@ VOXELS_IN_CACHE = 1 << 19
 SUMMED_AT_ONCE = 1 << 17
 """So many voxels are widened to float64 at a time: a megabyte, which a cache holds."""
 TILE = 32
+LANES = 16
+"""Columns are worked out by so many: a plane then comes out the same to the last bit whatever it is put together with. Where a
+rest is left, a matrix product rounds it by where in memory the plane begins."""
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
@@ -223,14 +226,35 @@ def model_slices(raw: Tensor, plan: Plan) -> Tensor:
             scale = scale * ((part.amax(dim=(2, 3), keepdim=True) - shift) / scale).clamp_min(1e-6)
         low, high = shift + CLIP[0] * scale, shift + CLIP[1] * scale
         base = torch.minimum(torch.maximum(empty, low), high)
-        above = torch.clamp(part.float(), low, high).sub_(base)
-        target.copy_(_resampled(above, rows, columns).div_(scale).add_((base - shift) / scale))
+        nothing = (base - shift) / scale
+        target.copy_(nothing.expand_as(target))
+        shown = _resampled(_above(part, base, low, high), rows, columns).div_(scale).add_(nothing)
+        target[..., rows.outputs, columns.outputs] = shown
     return out
+
+
+def _above(part: Tensor, base: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """How far raw slices `(N, C, h, w)`, clipped, are over their base; what would change nothing is left out on a CPU.
+
+    Looking for the extremes of integers takes a third of the time that clipping them as floats does; a GPU would be waited for.
+    """
+    floats = torch.empty(part.shape, device=part.device).copy_(part)  # slice by slice, however the scan lay
+    if part.is_cuda or _any_beyond(part, low, high):
+        return torch.clamp(floats, low, high, out=floats).sub_(base)
+    return floats.sub_(base) if base.any() else floats
+
+
+def _any_beyond(part: Tensor, low: Tensor, high: Tensor) -> bool:
+    lowest, highest = (extreme(dim=(2, 3), keepdim=True) for extreme in (part.amin, part.amax))
+    return bool((lowest < low).any() or (highest > high).any())
 
 
 def model_masks(masks: Tensor, plan: Plan) -> Tensor:
     """Resample float masks `(N, R, h, w)` onto the model grid; values between 0 and 1 say how much of a pixel is covered."""
-    return _resampled(masks, *_onto_grid(plan, masks.shape[2], masks.shape[3], masks.device))
+    rows, columns = _onto_grid(plan, masks.shape[2], masks.shape[3], masks.device)
+    out = torch.zeros((*masks.shape[:2], plan.size, plan.size), device=masks.device)
+    out[..., rows.outputs, columns.outputs] = _resampled(masks, rows, columns)
+    return out
 
 
 def native_probabilities(probability: Tensor, plan: Plan, height: int, width: int) -> Tensor:
@@ -239,11 +263,13 @@ def native_probabilities(probability: Tensor, plan: Plan, height: int, width: in
     Pixels of the crop outside the frame get 0: the network has not seen them.
     """
     rows, columns = _off_grid(plan, height, width, probability.device)
-    out = torch.empty((*probability.shape[:-2], height, width), device=probability.device)
+    covered = (rows.outputs, columns.outputs) == (slice(0, height), slice(0, width))
+    make = torch.empty if covered else torch.zeros
+    out = make((*probability.shape[:-2], height, width), device=probability.device)
     slices, targets = probability.flatten(0, -3), out.view(-1, height, width)
     step = slices_together(targets[None])
     for part, target in zip(torch.split(slices, step), torch.split(targets, step), strict=True):
-        target.copy_(_resampled(part, rows, columns))
+        target[..., rows.outputs, columns.outputs] = _resampled(part, rows, columns)
     return out
 
 
@@ -260,28 +286,39 @@ class _Tile:
     weights: Tensor | None
 
     def across(self, x: Tensor) -> Tensor:
-        """Planes `(..., h, w)` -> `(..., h, outputs)`."""
+        """Planes `(N, h, w)` -> `(N, h, outputs)`."""
         part = x[..., self.inputs]
-        return part if self.weights is None else part @ self.weights.T
+        return part if self.weights is None else torch.bmm(part, self.weights.T.expand(len(x), -1, -1))
 
     def down(self, x: Tensor) -> Tensor:
-        """Planes `(..., h, w)` -> `(..., outputs, w)`."""
+        """Planes `(N, h, w)` -> `(N, outputs, w)`."""
         part = x[..., self.inputs, :]
-        return part if self.weights is None else self.weights @ part
+        return part if self.weights is None else torch.bmm(self.weights.expand(len(x), -1, -1), part)
 
 
-def _onto_grid(plan: Plan, height: int, width: int, device: torch.device) -> tuple[list[_Tile], list[_Tile]]:
-    """Weights that resample a crop's rows and columns; what the frame has beyond the crop counts 0."""
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of a resampling: the outputs that depend on any input, and how; the others get 0, and are not worked out.
+
+    The tiles may give a few more than these.
+    """
+
+    outputs: slice
+    tiles: Sequence[_Tile]
+
+
+def _onto_grid(plan: Plan, height: int, width: int, device: torch.device) -> tuple[_Axis, _Axis]:
+    """What resamples a crop's rows and columns onto the model grid; what the frame has beyond the crop counts 0."""
     rows = _shifted(_weights(plan.height, plan.size), plan.top, 1, height)
     columns = _shifted(_weights(plan.width, plan.size), plan.left, 1, width)
-    return _tiles(rows, device), _tiles(columns, device)
+    return _axis(rows, device), _axis(columns, device, LANES)
 
 
-def _off_grid(plan: Plan, height: int, width: int, device: torch.device) -> tuple[list[_Tile], list[_Tile]]:
-    """Weights that undo it; rows and columns of the crop that the frame has not get 0."""
+def _off_grid(plan: Plan, height: int, width: int, device: torch.device) -> tuple[_Axis, _Axis]:
+    """What undoes it; rows and columns of the crop that the frame has not get 0."""
     rows = _shifted(_weights(plan.size, plan.height), plan.top, 0, height)
     columns = _shifted(_weights(plan.size, plan.width), plan.left, 0, width)
-    return _tiles(rows, device), _tiles(columns, device)
+    return _axis(rows, device), _axis(columns, device, LANES)
 
 
 @functools.lru_cache(maxsize=256)
@@ -302,24 +339,33 @@ def _shifted(weights: Tensor, before: int, axis: int, length: int) -> Tensor:
     return F.pad(weights, pads if axis == 1 else (0, 0, *pads))
 
 
-def _tiles(weights: Tensor, device: torch.device) -> list[_Tile]:
-    """Cut a band matrix into blocks that leave most of its zeros out; a GPU takes it whole."""
+def _axis(weights: Tensor, device: torch.device, multiple: int = 1) -> _Axis:
+    """Cut a band matrix into blocks that leave most of its zeros out, of a multiple of outputs; a GPU takes it in one."""
     if torch.equal(weights, torch.eye(len(weights))):
-        return [_Tile(slice(None), None)]
-    step = TILE if device.type == "cpu" else len(weights)
-    return [_tile(block, device) for block in torch.split(weights, step)]
+        return _Axis(slice(0, len(weights)), [_Tile(slice(None), None)])
+    outputs = _used(weights.any(dim=1))
+    wanted = F.pad(weights[outputs], (0, 0, 0, -(outputs.stop - outputs.start) % multiple))
+    blocks = torch.split(wanted, TILE if device.type == "cpu" else len(wanted))
+    return _Axis(outputs, [_tile(block, device) for block in blocks])
 
 
 def _tile(block: Tensor, device: torch.device) -> _Tile:
-    used = torch.nonzero(block.any(dim=0)).flatten().tolist() or [0]
-    inputs = slice(used[0], used[-1] + 1)
+    inputs = _used(block.any(dim=0))
     return _Tile(inputs, block[:, inputs].contiguous().to(device))
 
 
-def _resampled(x: Tensor, rows: Sequence[_Tile], columns: Sequence[_Tile]) -> Tensor:
-    """Planes `(..., h, w)` -> `(..., H, W)`."""
-    x = torch.cat([tile.across(x) for tile in columns], dim=-1)
-    return torch.cat([tile.down(x) for tile in rows], dim=-2)
+def _used(wanted: Tensor) -> slice:
+    """From the first to the last place that is wanted; the first where none is."""
+    places = torch.nonzero(wanted).flatten().tolist() or [0]
+    return slice(places[0], places[-1] + 1)
+
+
+def _resampled(x: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
+    """Planes `(..., h, w)` -> the outputs of both axes `(..., H, W)`."""
+    planes = x.reshape(-1, *x.shape[-2:])
+    planes = torch.cat([tile.across(planes) for tile in columns.tiles], dim=-1)
+    planes = torch.cat([tile.down(planes) for tile in rows.tiles], dim=-2)
+    return planes.view(*x.shape[:-2], *planes.shape[-2:])[..., : columns.outputs.stop - columns.outputs.start]
 
 
 def _per_channel(values: Sequence[float], repeats: int, like: Tensor) -> Tensor:

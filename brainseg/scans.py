@@ -57,10 +57,12 @@ def load_scan(row: Mapping[str, Any], *, with_label: bool = True) -> Scan:
     found = read_files(row, with_label=with_label)
     modalities, warnings = tuple(row["modalities"]), list(found.warnings)
     _check_size(found.volumes, found.grid, row["scan_id"])
-    _check_values(found.volumes, modalities, row["scan_id"], warnings)
     background = [_background(volume) for volume in found.volumes]
     box = _extent(found.volumes, background) or _whole(found.grid)
     image = _stacked([volume[_slices(box)] for volume in found.volumes])
+    for place, modality in enumerate(modalities):
+        volume, empty = found.volumes[place], background[place]
+        _check_values(volume, _range(volume, image[place], empty), f"{row['scan_id']}: found", modality, warnings)
     duplicated = _duplicated(image, modalities)
     separate = row["reader"] in ("volumes", "dicom")
     if duplicated and separate:
@@ -115,25 +117,28 @@ def _check_size(volumes: Sequence[NDArray[Any]], grid: Grid, scan_id: str) -> No
         raise ScanError(Code.TOO_LARGE, f"{scan_id}: found {found}, expected {most}")
 
 
-def _check_values(volumes: Sequence[NDArray[Any]], modalities: Sequence[str], scan_id: str, warnings: list[str]) -> None:
+def _range(volume: NDArray[Any], crop: NDArray[Any], empty: Any) -> tuple[Any, Any]:
+    """Lowest and highest value of a volume that is `empty` outside its crop: a crop that kept its type is sooner gone over."""
+    if crop.dtype != volume.dtype:
+        return volume.min(), volume.max()
+    low, high = crop.min(), crop.max()
+    return (low, high) if crop.size == volume.size else (min(low, empty), max(high, empty))
+
+
+def _check_values(volume: NDArray[Any], values: tuple[Any, Any], found: str, modality: str, warnings: list[str]) -> None:
     """Refuse what no network can use: values that are no numbers, a modality that shows nothing."""
-    for volume, modality in zip(volumes, modalities, strict=True):
-        low, high = volume.min(), volume.max()
-        if not (np.isfinite(low) and np.isfinite(high)):
-            count = volume.size - int(np.isfinite(volume).sum())
-            raise ScanError(
-                Code.NON_FINITE, f"{scan_id}: found {count} voxels of {modality} that are NaN or infinite, expected numbers"
-            )
-        peak = max(abs(float(low)), abs(float(high)))
-        if peak > float(np.finfo(np.float32).max):
-            raise ScanError(Code.NON_FINITE, f"{scan_id}: found {peak:g} in {modality}, expected values that float32 can hold")
-        if float(np.float32(high)) - float(np.float32(low)) < float(np.finfo(np.float32).tiny):
-            found = "the one value" if low == high else "values that float32 cannot tell apart, up to"
-            raise ScanError(Code.EMPTY_VOLUME, f"{scan_id}: found {found} {high:g} in all of {modality}, expected an image")
-        if peak > OUTLIER_VALUE:
-            warnings.append(
-                warning(Code.OUTLIER, f"{scan_id}: found {peak:g} in {modality}; it will dominate any normalisation")
-            )
+    low, high = values
+    if not (np.isfinite(low) and np.isfinite(high)):
+        count = volume.size - int(np.isfinite(volume).sum())
+        raise ScanError(Code.NON_FINITE, f"{found} {count} voxels of {modality} that are NaN or infinite, expected numbers")
+    peak = max(abs(float(low)), abs(float(high)))
+    if peak > float(np.finfo(np.float32).max):
+        raise ScanError(Code.NON_FINITE, f"{found} {peak:g} in {modality}, expected values that float32 can hold")
+    if float(np.float32(high)) - float(np.float32(low)) < float(np.finfo(np.float32).tiny):
+        what = "the one value" if low == high else "values that float32 cannot tell apart, up to"
+        raise ScanError(Code.EMPTY_VOLUME, f"{found} {what} {high:g} in all of {modality}, expected an image")
+    if peak > OUTLIER_VALUE:
+        warnings.append(warning(Code.OUTLIER, f"{found} {peak:g} in {modality}; it will dominate any normalisation"))
 
 
 def _background(volume: NDArray[Any]) -> Any:
@@ -150,17 +155,25 @@ def _extent(volumes: Sequence[NDArray[Any]], background: Sequence[Any]) -> Box |
 
     Slice by slice: what a slice needs stays in the cache, and nothing of the volume's size is allocated.
     """
-    depth, height, width = volumes[0].shape
-    seen, plane, differs = np.zeros(depth, np.bool_), np.zeros((height, width), np.bool_), np.empty((height, width), np.bool_)
-    for volume, empty in zip(volumes, background, strict=True):
-        for index, part in enumerate(volume):
-            np.not_equal(part, empty, out=differs)
-            if differs.any():
-                seen[index] = True
-                np.logical_or(plane, differs, out=plane)
-    if not seen.any():
-        return None
-    return _span(seen), _span(np.any(plane, axis=1)), _span(np.any(plane, axis=0))
+    found = [_shown(volume, empty) for volume, empty in zip(volumes, background, strict=True)]
+    seen, plane = (np.logical_or.reduce(each) for each in zip(*found, strict=True))
+    return (_span(seen), _span(plane.any(axis=1)), _span(plane.any(axis=0))) if seen.any() else None
+
+
+def _shown(volume: NDArray[Any], empty: Any) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Slices `(D,)` and lines of sight along them `(H, W)` with a voxel that differs from `empty`."""
+    seen, plane = np.zeros(len(volume), np.bool_), np.zeros(volume.shape[1:], np.bool_)
+    if volume.dtype.kind in "iu" and not empty and volume.flags.c_contiguous:
+        seen = volume.reshape(len(volume), -1).view(f"u{volume.dtype.itemsize}").max(axis=1) != 0
+        first, last = _span(seen) if seen.any() else (0, 0)
+        return seen, np.bitwise_or.reduce(volume[first:last], axis=0) != 0
+    differs = np.empty_like(plane)
+    for index, part in enumerate(volume):
+        np.not_equal(part, empty, out=differs)
+        if differs.any():
+            seen[index] = True
+            np.logical_or(plane, differs, out=plane)
+    return seen, plane
 
 
 def _span(used: NDArray[np.bool_]) -> tuple[int, int]:
@@ -186,8 +199,9 @@ def _common_type(volumes: Sequence[NDArray[Any]]) -> np.dtype[Any]:
 def _stacked(volumes: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Copy the crops into one contiguous `(C, D, H, W)`."""
     image = np.empty((len(volumes), *volumes[0].shape), _common_type(volumes))
-    for place, volume in zip(image, volumes, strict=True):
-        place[...] = volume
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is refused by name
+        for place, volume in zip(image, volumes, strict=True):
+            place[...] = volume
     return image
 
 

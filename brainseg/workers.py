@@ -7,7 +7,7 @@ survives the death of the process: see `inflight`.
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -54,8 +54,8 @@ class WholeWay:
         if flight.begin():
             done = [self._alone(row, flight) for row in rows]
         else:
-            works = (_decode(row, self.job) for row in rows)
-            done = [stages.finish(w, self.job) for group in stages.in_groups(works) for w in self._predict(group)]
+            works = _predicted((_decode(row, self.job) for row in rows), self._predict)
+            done = list(map(functools.partial(stages.finish, job=self.job), works))
         receipt = _written(self.job, done)
         flight.end()
         return receipt
@@ -97,11 +97,9 @@ class Forward:
         rows, works = _unpacked(block)
         with _meters(self.job).holding(len(rows), "predict"):
             flight = _flight("predict", rows, self.job)
-            if flight.begin():
-                done = [self._alone(work, flight) for work in works]
-            else:
-                done = [w for group in stages.in_groups(works) for w in self._predict(group)]
-            packed = pa.array([stages.pack(w) for w in done], pa.large_binary())
+            alone = flight.begin()
+            done = (self._alone(work, flight) for work in works) if alone else _predicted(works, self._predict)
+            packed = pa.array(map(stages.pack, done), pa.large_binary())
             flight.end()
         _meters(self.job).tell("brainseg_device_busy_share", self.busy.look())
         return block.drop_columns(["work"]).append_column("work", packed)
@@ -119,8 +117,8 @@ def finish_block(block: pa.Table, job: Job) -> pa.Table:
     rows, works = _unpacked(block)
     with _meters(job).holding(len(rows), "finish"):
         flight = _flight("finish", rows, job)
-        done = [_finish_alone(flight, w, job) for w in works] if flight.begin() else [stages.finish(w, job) for w in works]
-        receipt = _written(job, done)
+        finish = functools.partial(_finish_alone, flight) if flight.begin() else stages.finish
+        receipt = _written(job, [finish(work, job) for work in works])
         flight.end()
     return receipt
 
@@ -170,9 +168,22 @@ def _finish_alone(flight: Flight, work: Work, job: Job) -> dict[str, Any]:
     return flight.alone(work.row["scan_id"], "finish", lambda: stages.finish(work, job), give_up)
 
 
-def _unpacked(block: pa.Table) -> tuple[list[Row], list[Work]]:
+def _predicted(works: Iterable[Work], predict: Callable[[list[Work]], list[Work]]) -> Iterator[Work]:
+    """Works with their predictions, group by group.
+
+    Nobody here keeps hold of a scan while the next one is read: 60 scans of BraTS otherwise left a process at 831 MB for 738.
+    """
+    for group in stages.in_groups(works):
+        answered = predict(group)
+        group.clear()
+        while answered:
+            yield answered.pop(0)
+
+
+def _unpacked(block: pa.Table) -> tuple[list[Row], Iterator[Work]]:
+    """The manifest rows of a block, and their works, of which each is unpacked when its turn comes."""
     rows = block.drop_columns(["work"]).to_pylist()
-    return rows, [stages.unpack(data.as_py(), row) for data, row in zip(block["work"], rows, strict=True)]
+    return rows, (stages.unpack(data.as_py(), row) for data, row in zip(block["work"], rows, strict=True))
 
 
 def _written(job: Job, rows: Sequence[Row]) -> pa.Table:

@@ -266,6 +266,33 @@ class TestResampling:
         back = functional.pad(back, (left, w - left - width, top, h - top - height))
         assert torch.allclose(native_probabilities(expected, plan, h, w), back, atol=1e-6)
 
+    @FEW
+    @given(
+        shape=st.tuples(st.integers(2, 5), st.integers(20, 70), st.integers(20, 70)),
+        frame=st.sampled_from(["full", "head"]),
+        normalise=st.sampled_from(["zscore", "slice_max", "volume_max"]),
+        hot=st.booleans(),
+    )
+    def test_a_slice_comes_out_the_same_to_the_last_bit_alone_and_among_others(self, shape, frame, normalise, hot):
+        """Also where another slice has a voxel to clip, and whatever its place in memory."""
+        scan = make_scan(shape, seed=3)
+        image = scan.image.copy()
+        image[0, -1, 4, 4] = 30_000 if hot else image[0, -1, 4, 4]
+        scan = replace(scan, image=image)
+        plan, together = seen(scan, PrepareConfig(size=48, frame=frame, normalise=normalise))
+        crop, _ = select_modalities(scan, BOTH)
+        for index, expected in enumerate(together):
+            alone = model_slices(to_tensor(gather_context(crop, [index], 0), CPU), plan)[0]
+            assert torch.equal(alone, expected)
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.int16])
+    def test_preparing_leaves_the_scan_as_it_was(self, dtype):
+        scan = make_scan((3, 24, 24), seed=3)
+        raw = to_tensor(scan.image.astype(dtype), CPU).transpose(0, 1)
+        before = raw.clone()
+        model_slices(raw, replace(plan_scan(scan, BOTH, PrepareConfig(size=32), 0), background=(2.0, 3.0)))
+        assert torch.equal(raw, before)
+
 
 def test_a_plan_survives_the_way_through_json():
     plan = plan_scan(make_scan(spacing=(0.5, 1, 1)), BOTH, PrepareConfig(size=32, frame="head"), 2)

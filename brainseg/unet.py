@@ -139,7 +139,7 @@ class Activated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor
-        if x.device.type == "cpu" and not torch.is_grad_enabled() and _activates_in_one_pass():
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and _activates_in_one_pass(x.dtype):
             c, leaks = self.convolution, isinstance(self.activation, nn.LeakyReLU)
             how = (c.padding, c.stride, c.dilation, c.groups, "leaky_relu" if leaks else "relu", [LEAK] if leaks else [], "")
             y = torch.ops.mkldnn._convolution_pointwise(x, c.weight, c.bias, *how)
@@ -149,9 +149,11 @@ class Activated(nn.Module):
 
 
 @functools.cache
-def _activates_in_one_pass() -> bool:
-    available = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+def _activates_in_one_pass(dtype: torch.dtype) -> bool:
+    """Whether this CPU can: asked for bf16 on one without AVX-512, oneDNN refuses, where torch itself only takes its time."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):  # type: ignore[no-untyped-call]
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def folded(trained: UNet) -> UNet:

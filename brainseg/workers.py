@@ -55,7 +55,8 @@ class WholeWay:
             done = [self._alone(row, flight) for row in rows]
         else:
             works = _predicted((_decode(row, self.job) for row in rows), self._predict)
-            done = list(map(functools.partial(stages.finish, job=self.job), works))  # a loop's variable would hold the last scan
+            finish = functools.partial(stages.finish, job=self.job)
+            done = list(map(finish, works))  # a loop's variable would keep hold of the last scan
         receipt = _written(self.job, done)
         flight.end()
         return receipt

@@ -194,7 +194,7 @@ class Model(Segmenter):
         while True:
             step = max(1, min(self.pixels_per_forward // size, len(slices)))
             try:
-                return torch.cat([self._probabilities(chunk, network or self.network) for chunk in torch.split(slices, step)])
+                return self._answered(slices, step, network or self.network)
             except torch.OutOfMemoryError:
                 if step == 1:
                     raise
@@ -202,13 +202,20 @@ class Model(Segmenter):
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def _answered(self, slices: Tensor, step: int, network: UNet) -> Tensor:
+        """The same, so many at a time; region by region in memory, as they are read from here on."""
+        out = torch.empty((len(slices), len(self.card.regions), *slices.shape[2:]), device=slices.device)
+        for chunk, target in zip(torch.split(slices, step), torch.split(out, step), strict=True):
+            target.copy_(self._probabilities(chunk, network))
+        return out
+
     def _probabilities(self, chunk: Tensor, network: UNet) -> Tensor:
         chunk = chunk.contiguous(memory_format=self.memory_format)
         probability = torch.sigmoid(network(chunk).float())
         if self.settings.flip:
             mirrored = torch.sigmoid(network(chunk.flip(-1)).float()).flip(-1)
             probability = (probability + mirrored) / 2
-        return probability.contiguous()  # region by region is how it is read from here on
+        return probability
 
 
 def _crop_shape(scan: Scan) -> tuple[int, int, int]:

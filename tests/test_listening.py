@@ -13,7 +13,7 @@ import grpc
 import pytest
 from heads import free_ports, ray_head
 
-from brainseg.environment import ONE_MACHINE
+from brainseg.environment import FOR_A_NODE_OF_OUR_OWN, ONE_MACHINE, prepare_environment
 from brainseg.session import asks_for_token
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +51,18 @@ def test_a_ray_that_brainseg_starts_listens_on_loopback_alone(local_ray):
     assert len({what for *_, what in sockets}) >= 3, "the head's books, its node, a worker"
     assert [s for s in sockets if not is_loopback(s[0])] == []
     assert "127.0.0.1 alone" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("joined_by", ["word", "RAY_ADDRESS", "RAY_JOB_ID"])
+def test_what_a_node_of_our_own_finds_is_not_found_where_somebody_elses_is_joined(monkeypatch, joined_by):
+    for name in (*FOR_A_NODE_OF_OUR_OWN, "RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    prepare_environment()
+    assert FOR_A_NODE_OF_OUR_OWN.items() <= os.environ.items()
+    if joined_by != "word":
+        monkeypatch.setenv(joined_by, "somewhere")
+    prepare_environment(joins=joined_by == "word")
+    assert not FOR_A_NODE_OF_OUR_OWN.keys() & os.environ.keys()
 
 
 def test_a_socket_on_every_network_would_be_seen():

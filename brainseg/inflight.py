@@ -100,8 +100,12 @@ def _ids(note: str) -> list[str]:
 
 
 def _create(note: str, scan_ids: Sequence[str]) -> bool:
-    """Whether the note was not there yet. Who writes it tells it apart from another's, should the store's answer be lost."""
-    return storage.create_bytes(note, json.dumps({"writer": uuid4().hex, "scan_ids": list(scan_ids)}).encode())
+    """Whether the note was not there yet. Who writes it tells it apart from another's, should the store's answer be lost.
+
+    Ray gives a block to one process, and to the next when that one has died: there are no rivals.
+    """
+    body = json.dumps({"writer": uuid4().hex, "scan_ids": list(scan_ids)}).encode()
+    return storage.create_bytes(note, body, rivals=False)
 
 
 def _tries(run: str, stage: str, scan_id: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from brainseg import storage
+from brainseg import ahead, storage
 from brainseg.errors import Code, ScanError, StorageError, one_line
 from brainseg.formats import MAX_BYTES, MODEST_BYTES, MOST_RATIO, Decoded
 from brainseg.formats.dicom import read_series
@@ -282,8 +282,8 @@ def _names(sources: Sequence[Source]) -> tuple[str, ...]:
 
 
 def _fetch(sources: Sequence[Source]) -> list[bytes]:
-    """Read all files, several at a time where each costs a round trip."""
-    if len(sources) > 1 and storage.is_remote(sources[0]["uri"]):
+    """Read all files, several at a time where each costs a round trip and nobody has asked for them yet."""
+    if len(sources) > 1 and storage.is_remote(sources[0]["uri"]) and "fetched" not in sources[0]:
         with ThreadPoolExecutor(REMOTE_READS) as pool:
             return list(pool.map(_read, sources))
     return [_read(source) for source in sources]
@@ -292,7 +292,7 @@ def _fetch(sources: Sequence[Source]) -> list[bytes]:
 def _read(source: Source) -> bytes:
     uri, name = source["uri"], _name(source)
     try:
-        return storage.read_bytes(uri)
+        return ahead.bytes_of(source)
     except StorageError as error:
         _, found, reason = str(error).rpartition(" ".join(name.split()))  # what stands before is the path
         raise ScanError(_why_unreadable(uri), f"{name}: could not be read{one_line(reason) if found else ''}") from error

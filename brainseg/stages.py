@@ -121,13 +121,13 @@ def lost(row: Row, stage: str) -> Work:
     return Work(row, failure=Failure(Code.WORKER_DIED, stage, text))
 
 
-def decode(row: Row, *, with_label: bool, limit: TimeLimit | None = None) -> Work:
-    """Read, decode, check, crop; within a time limit, if there is one."""
+def decode(row: Row, *, with_label: bool, limit: TimeLimit | None = None, fetched: Row | None = None) -> Work:
+    """Read, decode, check, crop; within a time limit, if there is one. `fetched` is the row with its files on their way."""
     started = time.perf_counter()
     stage = "list" if row["problem_code"] else "decode"
 
     def load() -> Work:
-        return Work(row, load_scan(row, with_label=with_label))
+        return Work(row, load_scan(fetched or row, with_label=with_label))
 
     work = guarded(stage, row["scan_id"], load if limit is None else lambda: limit.call(load, row["scan_id"]), row)
     return replace(work, seconds_decode=time.perf_counter() - started)

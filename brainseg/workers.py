@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from brainseg import inflight, lease, runs, stages, storage
+from brainseg import ahead, inflight, lease, runs, stages, storage
 from brainseg.ensemble import load_segmenter
 from brainseg.inflight import Flight
 from brainseg.model import Segmenter
@@ -54,7 +54,7 @@ class WholeWay:
         if flight.begin():
             done = [self._alone(row, flight) for row in rows]
         else:
-            works = _predicted((_decode(row, self.job) for row in rows), self._predict)
+            works = _predicted(_decoded(rows, self.job), self._predict)
             finish = functools.partial(stages.finish, job=self.job)
             done = list(map(finish, works))  # a loop's variable would keep hold of the last scan
         receipt = _written(self.job, done)
@@ -80,7 +80,7 @@ def decode_block(block: pa.Table, job: Job) -> pa.Table:
         if flight.begin():
             works = [_alone(flight, "decode", row, functools.partial(_decode, row, job)) for row in rows]
         else:
-            works = [_decode(row, job) for row in rows]
+            works = list(_decoded(rows, job))
         packed = pa.array([stages.pack(w) for w in works], pa.large_binary())
         flight.end()
     return block.append_column("work", packed)
@@ -154,8 +154,15 @@ def _meters(job: Job) -> Meters:
     return Meters(run_id=job.run_id)
 
 
-def _decode(row: Row, job: Job) -> Work:
-    return stages.decode(row, with_label=job.settings.score, limit=_time_limit(job.scan_seconds))
+def _decode(row: Row, job: Job, fetched: Row | None = None) -> Work:
+    return stages.decode(row, with_label=job.settings.score, limit=_time_limit(job.scan_seconds), fetched=fetched)
+
+
+def _decoded(rows: Sequence[Row], job: Job) -> Iterator[Work]:
+    """Rows decoded one by one; the files of those that follow are fetched meanwhile. Nobody here keeps hold of either."""
+    coming = ahead.fetched(rows, with_label=job.settings.score)
+    for row in rows:
+        yield _decode(row, job, next(coming))
 
 
 def _alone(flight: Flight, stage: str, row: Row, call: Callable[[], Work]) -> Work:

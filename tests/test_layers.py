@@ -18,7 +18,7 @@ LAYERS = """
     events progress telemetry observe heartbeat loggers watch
     unet losses presets precision
     formats surfaces lesions postprocess metrics aggregate averaging comparison
-    contrasts layouts readers scans prepare thumbnails masks augment sliding cache patches
+    contrasts layouts ahead readers scans prepare thumbnails masks augment sliding cache patches
     weights shipped
     card
     model release

@@ -235,6 +235,22 @@ class TestRetries:
         assert not storage.create_bytes(f"{AT}/x", b"another's")
         assert storage.read_bytes(f"{AT}/x") == b"mine"
 
+    @pytest.mark.parametrize("fault", [None, *WRITE_FAULTS])
+    def test_a_creation_without_rivals_waits_for_nobody(
+        self, proxy: FaultProxy, fault: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Elsewhere than on AWS the others that may be at it are given a second; only an answer that was lost still asks."""
+        waited: list[float] = []
+        monkeypatch.setattr("brainseg.storage.s3.sleep", waited.append)
+        if fault:
+            proxy.choose = only(fault, method="PUT")
+        assert storage.create_bytes(f"{AT}/x", b"mine", rivals=False)
+        assert bool(waited) <= bool(fault)
+        assert not storage.create_bytes(f"{AT}/x", b"mine again", rivals=False)
+        assert storage.read_bytes(f"{AT}/x") == b"mine"
+        assert storage.create_bytes(f"{AT}/y", b"mine")
+        assert waited
+
     @pytest.mark.parametrize("fault", READ_FAULTS[:-1])
     def test_a_listing_and_a_deletion_outlive(self, proxy: FaultProxy, fault: str) -> None:
         for name in "abc":

@@ -115,12 +115,13 @@ def write_bytes(uri: str, data: bytes) -> None:
     _store(uri).write_bytes(uri, data)
 
 
-def create_bytes(uri: str, data: bytes) -> bool:
+def create_bytes(uri: str, data: bytes, *, rivals: bool = True) -> bool:
     """Write a whole object where none is; False, and nothing written, where one is. Of several writers at once one wins.
 
     The data should tell the writers apart (a host, a process, a time): after a lost answer it decides whose object it is.
+    Without `rivals`, no other writer can be at it now, and a store that cannot keep to one winner need not be watched a second.
     """
-    return _store(uri).create_bytes(uri, data)
+    return _store(uri).create_bytes(uri, data, rivals=rivals)
 
 
 def delete(uri: str) -> None:

@@ -89,7 +89,7 @@ class LocalDisk:
                 _sync(file)
             beside.replace(uri)
 
-    def create_bytes(self, uri: str, data: bytes) -> bool:
+    def create_bytes(self, uri: str, data: bytes, *, rivals: bool = True) -> bool:
         """Write beside the target and link it in under its name, which fails where the name is taken.
 
         The count of links tells whether it is ours even where a network file system lost the answer. Where there are no hard

@@ -75,7 +75,7 @@ class Store(Protocol):
     def writing(self, uri: str) -> AbstractContextManager[BinaryIO]:
         """A file to write piece by piece. It appears whole when the block ends well; when it fails nothing has happened."""
 
-    def create_bytes(self, uri: str, data: bytes) -> bool:
+    def create_bytes(self, uri: str, data: bytes, *, rivals: bool) -> bool:
         """Write a file that must not be there yet; False where another one is."""
 
     def delete(self, uri: str) -> None:

@@ -121,12 +121,12 @@ class ObjectStore:
             yield file
             self._whole("write", uri, _put(uri, file, file.seek(0, os.SEEK_END)).replace)
 
-    def create_bytes(self, uri: str, data: bytes) -> bool:
+    def create_bytes(self, uri: str, data: bytes, *, rivals: bool = True) -> bool:
         """Put an object under the condition that there is none.
 
         Only AWS is trusted to keep to that. Elsewhere (Swift lets two win, old Ceph and MinIO do not read the condition) the
         object is looked for first, and read back when the writers that passed the condition at the same moment are done: the
-        last of them has won. The data must tell the writers apart.
+        last of them has won, if there can be others. The data must tell the writers apart.
         """
         put = _put(uri, data, len(data))
 
@@ -141,7 +141,7 @@ class ObjectStore:
                 return in_doubt and mine(attempt, bucket, key)
             if not put.if_absent(attempt, bucket, key):
                 return in_doubt and mine(attempt, bucket, key)
-            return is_aws(attempt) or mine(attempt, bucket, key)
+            return is_aws(attempt) or not rivals or mine(attempt, bucket, key)
 
         return bool(self._whole("create", uri, create))
 

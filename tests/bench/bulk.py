@@ -29,6 +29,8 @@ sys.path.insert(0, str(ROOT))
 from brainseg.environment import FOR_WORKERS  # noqa: E402
 
 SLICES_TIMED_S = 20.0
+AFTER_SCANS = 20
+"""Memory is looked at after so many scans, and at the end: what it has grown by in between, it would go on growing by."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Paces:
     cpu_s_per_scan: float
     forward_cpu_s_per_scan: float
     peak_mb: float
+    early_peak_mb: float
 
     @property
     def share(self) -> float:
@@ -118,7 +121,7 @@ class Watch:
     def _watch(self) -> None:
         while not self._stop.wait(0.5):
             self._look()
-            self.samples.append((time.time(), sum(self.seconds.values())))
+            self.samples.append((time.time(), sum(self.seconds.values()), self.peak_mb))
 
     def _look(self) -> None:
         parents, used = {}, {}
@@ -144,8 +147,11 @@ class Watch:
         self._thread.join()
 
     def cpu_between(self, start: float, end: float) -> float:
-        inside = [seconds for at, seconds in self.samples if start <= at <= end]
+        inside = [seconds for at, seconds, _ in self.samples if start <= at <= end]
         return inside[-1] - inside[0]
+
+    def peak_mb_at(self, moment: float) -> float:
+        return max((peak for at, _, peak in self.samples if at <= moment), default=0.0)
 
 
 def run(archive: Path, model: str, out: Path, precision: str, actors: int, extra: list[str]) -> tuple[Watch, float]:
@@ -179,7 +185,8 @@ def paces(archive: Path, model: str, out: Path, precision: str, actors: int, ext
     slices = len(inside) * slices_of(archive)
     bare, forward_cpu = max(before[0], after[0]), min(before[1], after[1])
     cpu = watch.cpu_between(start, ends[-actors]) / len(inside)
-    return Paces(bare, slices / span, ends[0] - began, cpu, forward_cpu * slices_of(archive), watch.peak_mb)
+    early = watch.peak_mb_at(ends[min(AFTER_SCANS, len(ends)) - 1])
+    return Paces(bare, slices / span, ends[0] - began, cpu, forward_cpu * slices_of(archive), watch.peak_mb, early)
 
 
 def slices_of(archive: Path) -> float:
@@ -218,7 +225,8 @@ def main() -> None:
     print(f"{machine}; {chosen.scans} scans of 240x240x155; {chosen.precision}, {size}²")
     ours = paces(archive, chosen.model, chosen.work / "run", chosen.precision, chosen.actors, extra)
     print(f"bare forward {ours.bare_slices_per_s:.1f} slices/s, brainseg {ours.run_slices_per_s:.1f}: share {ours.share:.3f}")
-    print(f"start to first finished scan {ours.startup_s:.1f} s; largest process {ours.peak_mb:.0f} MB")
+    print(f"start to first finished scan {ours.startup_s:.1f} s")
+    print(f"largest process {ours.early_peak_mb:.0f} MB after {AFTER_SCANS} scans, {ours.peak_mb:.0f} MB in the end")
     print(f"{'':12}{'CPU s/scan':>12}{'ratio':>8}")
     print(f"{'forward':12}{ours.forward_cpu_s_per_scan:12.2f}{ours.forward_cpu_s_per_scan / ours.cpu_s_per_scan:8.2f}")
     print(f"{'brainseg':12}{ours.cpu_s_per_scan:12.2f}{1:8.2f}")

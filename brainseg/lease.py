@@ -138,14 +138,12 @@ def _generation(holder: Holder | None) -> int:
 
 def _read(place: str) -> dict[str, Any] | None:
     """What a lease or claim says; None where there is none."""
-    if not storage.exists(place):
-        return None
     try:
         body: dict[str, Any] = storage.read_json(place)
     except StorageError:
         if storage.exists(place):
             raise
-        return None  # it went between the two looks
+        return None
     return body
 
 

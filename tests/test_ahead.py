@@ -13,7 +13,7 @@ from brainseg import ahead, storage
 from brainseg.ahead import AT_ONCE, MOST_BYTES, bytes_of, fetched
 from brainseg.errors import Code, ScanError
 from brainseg.scans import load_scan
-from brainseg.workers import _decoded
+from brainseg.workers import _decoded, _fetched
 
 PATIENCE_S = 20.0
 
@@ -80,10 +80,10 @@ def test_large_scans_are_fetched_one_ahead_and_each_file_once(reads):
 
 def test_small_scans_are_fetched_many_ahead_and_those_of_unknown_size_are_not(reads):
     rows = bare_rows(9)
-    next(fetched(rows, with_label=True))
+    fetched(rows, with_label=True)
     assert eventually(reads, rows, 9)
     reads.clear()
-    next(fetched(bare_rows(9, size_bytes=None), with_label=True))
+    fetched(bare_rows(9, size_bytes=None), with_label=True)
     assert eventually(reads, rows, 2)
 
 
@@ -155,7 +155,8 @@ def test_a_worker_has_the_next_scan_fetched_while_it_is_busy_with_one(tmp_path, 
 
     monkeypatch.setattr(storage, "read_bytes", read)
     monkeypatch.setattr(ahead, "MOST_BYTES", max(row["sources"][0]["size_bytes"] for row in rows) * 4)
-    works = _decoded(rows, SimpleNamespace(settings=SimpleNamespace(score=True), scan_seconds=60.0))
+    job = SimpleNamespace(settings=SimpleNamespace(score=True), scan_seconds=60.0)
+    works = _decoded(rows, _fetched(rows, job), job)
     first = next(works)
     assert eventually(reads, rows, 2)
     rest = list(works)

@@ -17,8 +17,10 @@ from brainseg import storage
 
 AT_ONCE = 8
 """Files that a process fetches at the same time."""
-MOST_BYTES = 64 << 20
-"""Fetched beyond the next scan: small scans are asked for many at a time, large ones one by one."""
+MOST_BYTES = 32 << 20
+"""Small scans are asked for many at a time, up to this; large ones one by one."""
+LARGEST_BYTES = 256 << 20
+"""A scan of more is read when its turn comes: its files would take as much memory as the scan before it."""
 
 Row = Mapping[str, Any]
 
@@ -56,14 +58,14 @@ def bytes_of(source: Mapping[str, Any]) -> bytes:
 
 
 def _size(row: Row) -> int:
-    """Bytes of a scan's files; where a size is not known, as many as may be fetched."""
+    """Bytes of a scan's files; where a size is not known, as many as are fetched at a time."""
     sizes = [source.get("size_bytes") for source in row["sources"]]
     return MOST_BYTES if None in sizes else sum(sizes)
 
 
 def _begun(row: Row, with_label: bool) -> Row:
     """A row whose files are being fetched; as it was where it is known to be unusable, or too large to be held twice."""
-    if row.get("problem_code") or _size(row) > MOST_BYTES:
+    if row.get("problem_code") or _size(row) > LARGEST_BYTES:
         return row
     wanted = [
         s if s["role"] == "label" and not with_label else {**s, "fetched": _fetchers().ask(s["uri"])} for s in row["sources"]

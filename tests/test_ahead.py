@@ -10,7 +10,7 @@ import pytest
 from factory import make_row, make_scan, write_scan
 
 from brainseg import ahead, storage
-from brainseg.ahead import AT_ONCE, MOST_BYTES, bytes_of, fetched
+from brainseg.ahead import AT_ONCE, LARGEST_BYTES, MOST_BYTES, bytes_of, fetched
 from brainseg.errors import Code, ScanError
 from brainseg.scans import load_scan
 from brainseg.workers import _decoded, _fetched
@@ -88,7 +88,7 @@ def test_small_scans_are_fetched_many_ahead_and_those_of_unknown_size_are_not(re
 
 
 def test_what_is_larger_than_may_be_held_or_known_to_be_unusable_is_left_to_its_turn(reads):
-    large, unusable = bare_rows(1, MOST_BYTES)[0], bare_rows(1)[0] | {"problem_code": "MISSING_FILE"}
+    large, unusable = bare_rows(1, LARGEST_BYTES)[0], bare_rows(1)[0] | {"problem_code": "MISSING_FILE"}
     assert list(fetched([large, unusable], with_label=True)) == [large, unusable]
     assert not set(reads) & places([large, unusable])
 

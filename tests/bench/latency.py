@@ -30,19 +30,8 @@ SCANS_PER_PART = 8
 
 def segment(archive: str, model: str, run: str, actors: int) -> float:
     """Segment as a person does; scans a second while all actors are at work."""
-    words = [
-        "segment",
-        archive,
-        "--model",
-        model,
-        "--out",
-        run,
-        "--quiet",
-        "--actors",
-        str(actors),
-        "--scans-per-part",
-        str(SCANS_PER_PART),
-    ]
+    how = ["--quiet", "--actors", str(actors), "--scans-per-part", str(SCANS_PER_PART)]
+    words = ["segment", archive, "--model", model, "--out", run, *how]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as cwd:
         subprocess.run([sys.executable, "-m", "brainseg.cli", *words], cwd=cwd, env=environment, check=True)

@@ -144,8 +144,6 @@ def _start_local() -> None:
 
 
 def _init_local() -> None:
-    if not torch.cuda.device_count():  # without a GPU actors do it all: what did the first small tasks need not wait for more
-        os.environ.setdefault("RAY_num_workers_soft_limit", "0")
     ray.init(
         address="local",
         num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,

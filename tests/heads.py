@@ -32,7 +32,7 @@ def free_ports(number: int) -> list[int]:
 def ray_node(*words: str) -> Iterator[subprocess.Popen[bytes]]:
     """A node of a cluster, started as its owner would: `ray start` with these words. It is ended with all that it started."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=200000000", *words]
-    ours = {"RAY_ADDRESS", "RAY_worker_niceness", "RAY_num_workers_soft_limit", *FOR_A_NODE_OF_OUR_OWN}
+    ours = {"RAY_ADDRESS", "RAY_worker_niceness", *FOR_A_NODE_OF_OUR_OWN}
     plain = {k: v for k, v in os.environ.items() if k not in ours}
     env = {**plain, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # a job's `python` is this one
     started = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)

@@ -38,7 +38,7 @@ FOR_A_NODE_OF_OUR_OWN = {
 }
 """It keeps to itself, and leaves undone what nobody there looks at: new log files ten times a second, for a driver that asked
 for no logs; every process's CPU and memory every 5 s, and each task's way, for a dashboard that is not there. On two busy cores
-Ray's processes and the driver took 0.16 of a core beside the actors, and without all this 0.12."""
+Ray's processes and the driver took 0.16 of a core beside the actors, and without all this 0.13."""
 
 
 def prepare_environment(*, joins: bool = False) -> None:

@@ -51,11 +51,10 @@ class WholeWay:
 
     def _whole_way(self, rows: list[Row]) -> pa.Table:
         flight = _flight("whole", rows, self.job)
-        coming = _fetched(rows, self.job)  # neither the first files nor the note wait for the other
         if flight.begin():
             done = [self._alone(row, flight) for row in rows]
         else:
-            works = _predicted(_decoded(rows, coming, self.job), self._predict)
+            works = _predicted(_decoded(rows, self.job), self._predict)
             finish = functools.partial(stages.finish, job=self.job)
             done = list(map(finish, works))  # a loop's variable would keep hold of the last scan
         receipt = _written(self.job, done)
@@ -78,11 +77,10 @@ def decode_block(block: pa.Table, job: Job) -> pa.Table:
     rows = block.to_pylist()
     with _meters(job).holding(len(rows), "decode"):
         flight = _flight("decode", rows, job)
-        coming = _fetched(rows, job)
         if flight.begin():
             works = [_alone(flight, "decode", row, functools.partial(_decode, row, job)) for row in rows]
         else:
-            works = list(_decoded(rows, coming, job))
+            works = list(_decoded(rows, job))
         packed = pa.array([stages.pack(w) for w in works], pa.large_binary())
         flight.end()
     return block.append_column("work", packed)
@@ -160,12 +158,12 @@ def _decode(row: Row, job: Job, fetched: Row | None = None) -> Work:
     return stages.decode(row, with_label=job.settings.score, limit=_time_limit(job.scan_seconds), fetched=fetched)
 
 
-def _fetched(rows: Sequence[Row], job: Job) -> Iterator[Row]:
-    return ahead.fetched(rows, with_label=job.settings.score)
+def _decoded(rows: Sequence[Row], job: Job) -> Iterator[Work]:
+    """Rows decoded one by one; the files of those that follow are fetched meanwhile. Nobody here keeps hold of either.
 
-
-def _decoded(rows: Sequence[Row], coming: Iterator[Row], job: Job) -> Iterator[Work]:
-    """Rows decoded one by one; the files of those that follow are fetched meanwhile. Nobody here keeps hold of either."""
+    Not where a process died over the block: whatever is touched there is touched alone.
+    """
+    coming = ahead.fetched(rows, with_label=job.settings.score)
     for row in rows:
         yield _decode(row, job, next(coming))
 

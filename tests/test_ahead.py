@@ -13,7 +13,7 @@ from brainseg import ahead, storage
 from brainseg.ahead import AT_ONCE, LARGEST_BYTES, MOST_BYTES, bytes_of, fetched
 from brainseg.errors import Code, ScanError
 from brainseg.scans import load_scan
-from brainseg.workers import _decoded, _fetched
+from brainseg.workers import _decoded
 
 PATIENCE_S = 20.0
 
@@ -156,7 +156,7 @@ def test_a_worker_has_the_next_scan_fetched_while_it_is_busy_with_one(tmp_path, 
     monkeypatch.setattr(storage, "read_bytes", read)
     monkeypatch.setattr(ahead, "MOST_BYTES", max(row["sources"][0]["size_bytes"] for row in rows) * 4)
     job = SimpleNamespace(settings=SimpleNamespace(score=True), scan_seconds=60.0)
-    works = _decoded(rows, _fetched(rows, job), job)
+    works = _decoded(rows, job)
     first = next(works)
     assert eventually(reads, rows, 2)
     rest = list(works)

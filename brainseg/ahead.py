@@ -26,27 +26,16 @@ Row = Mapping[str, Any]
 
 
 def fetched(rows: Sequence[Row], *, with_label: bool) -> Iterator[Row]:
-    """Manifest rows in order, each with its files on their way: its sources name the future of their bytes, `fetched`.
+    """Yield manifest rows in order, each with its files on their way: its sources name the future of their bytes, `fetched`.
 
-    The first are asked for at once, the others as their turn comes nearer. Whoever waits for a file that has not been begun
-    yet may cancel it and read for himself. A row is not kept once it is given away.
+    Whoever waits for a file that has not been begun yet may cancel it and read for himself. A yielded row is not kept.
     """
     waiting: deque[Row] = deque()
     to_come = deque(rows)
-    _begin_more(waiting, to_come, with_label)
-    return _one_by_one(waiting, to_come, with_label)
-
-
-def _one_by_one(waiting: deque[Row], to_come: deque[Row], with_label: bool) -> Iterator[Row]:
-    while waiting:
-        _begin_more(waiting, to_come, with_label)
+    while waiting or to_come:
+        while to_come and (len(waiting) < 2 or sum(map(_size, (*waiting, to_come[0]))) <= MOST_BYTES):
+            waiting.append(_begun(to_come.popleft(), with_label))
         yield waiting.popleft()
-
-
-def _begin_more(waiting: deque[Row], to_come: deque[Row], with_label: bool) -> None:
-    """Ask for the scan after the first that waits, and for more while they are small."""
-    while to_come and (len(waiting) < 2 or sum(map(_size, (*waiting, to_come[0]))) <= MOST_BYTES):
-        waiting.append(_begun(to_come.popleft(), with_label))
 
 
 def bytes_of(source: Mapping[str, Any]) -> bytes:

@@ -24,9 +24,6 @@ from brainseg.formats.nifti import read_nifti
 from brainseg.geometry import Grid
 from brainseg.regions import label_map
 
-REMOTE_READS = 8
-"""Files of one scan that are fetched from an object store at the same time."""
-
 Row = Mapping[str, Any]
 Source = Mapping[str, Any]
 
@@ -284,7 +281,7 @@ def _names(sources: Sequence[Source]) -> tuple[str, ...]:
 def _fetch(sources: Sequence[Source]) -> list[bytes]:
     """Read all files, several at a time where each costs a round trip and nobody has asked for them yet."""
     if len(sources) > 1 and storage.is_remote(sources[0]["uri"]) and "fetched" not in sources[0]:
-        with ThreadPoolExecutor(REMOTE_READS) as pool:
+        with ThreadPoolExecutor(ahead.AT_ONCE) as pool:
             return list(pool.map(_read, sources))
     return [_read(source) for source in sources]
 

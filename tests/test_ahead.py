@@ -80,10 +80,10 @@ def test_large_scans_are_fetched_one_ahead_and_each_file_once(reads):
 
 def test_small_scans_are_fetched_many_ahead_and_those_of_unknown_size_are_not(reads):
     rows = bare_rows(9)
-    fetched(rows, with_label=True)
+    next(fetched(rows, with_label=True))
     assert eventually(reads, rows, 9)
     reads.clear()
-    fetched(bare_rows(9, size_bytes=None), with_label=True)
+    next(fetched(bare_rows(9, size_bytes=None), with_label=True))
     assert eventually(reads, rows, 2)
 
 

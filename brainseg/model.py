@@ -3,6 +3,7 @@
 `MODEL/weights.safetensors` holds tensors and nothing else; `MODEL/model.json` is the card. Nothing in either is executed.
 """
 
+import functools
 import hashlib
 import math
 import time
@@ -228,6 +229,8 @@ def _head(scan: Scan, modalities: Sequence[str]) -> NDArray[np.bool_]:
     """Voxels `(D, h, w)` of the canonical crop where any modality shows something."""
     crop, background = select_modalities(scan, modalities)
     head = np.zeros(crop.shape[1:], np.bool_)
+    if crop.dtype.kind in "iu" and not any(background):
+        return np.not_equal(np.bitwise_or.reduce(crop, axis=0), 0, out=head)
     for volume, empty in zip(crop, background, strict=True):
         head |= volume != empty
     return head
@@ -244,17 +247,33 @@ def _trust(probability: Tensor, mask: Tensor, head: Tensor, entropy: float | Non
 
 
 def _mean_entropies(probability: Tensor, head: Tensor) -> list[float | None]:
-    """Mean binary entropy in bits over the head `(D, h, w)`, of each region of `(R, D, h, w)`; a few voxels at a time."""
-    places = torch.nonzero(head.flatten()).flatten()
-    if not len(places):
-        return [None] * len(probability)
-    flat, total = probability.flatten(1), torch.zeros(len(probability), dtype=torch.float64)
-    for part in torch.split(places, len(places) if places.is_cuda else ENTROPIES_TOGETHER):
-        p = flat.index_select(1, part).clamp_(ALMOST_SURE, 1 - ALMOST_SURE)
-        surely_not = torch.log(1 - p)
-        nats = torch.log(p).sub_(surely_not).mul_(p).add_(surely_not)
-        total -= nats.sum(dim=1).cpu().double()
-    return [float(each) for each in total / (len(places) * math.log(2))]
+    """Mean binary entropy in bits over the head `(D, h, w)`, of each region of `(R, D, h, w)`; None without a head."""
+    return [_mean_entropy(_under(head, volume)) for volume in probability] if head.any() else [None] * len(probability)
+
+
+def _under(mask: Tensor, volume: Tensor) -> Tensor:
+    """Values `(n,)` of a volume where a mask is; on a CPU numpy takes a fifth of torch's time."""
+    return volume[mask] if volume.is_cuda else torch.from_numpy(volume.numpy()[mask.numpy()])
+
+
+def _mean_entropy(probability: Tensor) -> float:
+    """Of probabilities `(n,)`, read off a table: two logarithms of each take twice as long.
+
+    A float16 of 11 bits is near enough for how far a probability is from 0 or 1, whichever is nearer.
+    """
+    table, total = _entropies().to(probability.device), torch.zeros((), dtype=torch.float64, device=probability.device)
+    for p in torch.split(probability, len(probability) if probability.is_cuda else ENTROPIES_TOGETHER):
+        doubt = torch.minimum(p, 1 - p).clamp_(0).half()
+        total += table.index_select(0, doubt.view(torch.int16).int()).sum()
+    return float(total) / len(probability)
+
+
+@functools.cache
+def _entropies() -> Tensor:
+    """Binary entropy in bits of each float16 from 0 to 1/2, in the order of their bit patterns."""
+    p = torch.arange(torch.tensor(0.5, dtype=torch.float16).view(torch.int16).item() + 1, dtype=torch.int16)
+    p = p.view(torch.float16).double().clamp_(ALMOST_SURE)
+    return -(p * p.log2() + (1 - p) * (1 - p).log2()).float()
 
 
 def save_model(uri: str, card: ModelCard, weights: dict[str, Tensor]) -> ModelCard:

@@ -161,12 +161,18 @@ def _extent(volumes: Sequence[NDArray[Any]], background: Sequence[Any]) -> Box |
 
 
 def _shown(volume: NDArray[Any], empty: Any) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Slices `(D,)` and lines of sight along them `(H, W)` with a voxel that differs from `empty`."""
+    """Slices `(D,)` and lines of sight along them `(H, W)` with a voxel that differs from `empty`.
+
+    What a box needs: of integers, slices between the first and the last such one are taken for such ones unseen.
+    """
     seen, plane = np.zeros(len(volume), np.bool_), np.zeros(volume.shape[1:], np.bool_)
-    if volume.dtype.kind in "iu" and not empty and volume.flags.c_contiguous:
-        seen = volume.reshape(len(volume), -1).view(f"u{volume.dtype.itemsize}").max(axis=1) != 0
-        first, last = _span(seen) if seen.any() else (0, 0)
-        return seen, np.bitwise_or.reduce(volume[first:last], axis=0) != 0
+    if volume.dtype.kind in "iu" and not empty:
+        first = next((index for index, part in enumerate(volume) if part.any()), None)
+        if first is None:
+            return seen, plane
+        last = next(index for index in reversed(range(len(volume))) if volume[index].any())
+        seen[first : last + 1] = True
+        return seen, np.bitwise_or.reduce(volume[first : last + 1], axis=0) != 0
     differs = np.empty_like(plane)
     for index, part in enumerate(volume):
         np.not_equal(part, empty, out=differs)

@@ -21,8 +21,11 @@ MARGIN_PX = 4
 PREFERRED = ("flair", "t1c")
 """Oedema and core together show best on FLAIR; where a set has none, enhancement does."""
 
-PERCENTILE_VOXELS = 200_000
+PERCENTILE_VOXELS = 50_000
 """The window is taken from about so many voxels, evenly spaced: a percentile needs no more."""
+
+COMPRESS_LEVEL = 6
+"""Level 9 takes three times as long for a hundredth fewer bytes."""
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -114,8 +117,9 @@ def _turned(ends: tuple[int, int], length: int, flip: bool) -> tuple[int, int]:
 def _slice_with_most(label: NDArray[np.uint8] | None, prediction: NDArray[np.uint8], middle: int) -> int:
     """Index of the slice with the most label, else the most prediction, else the middle of the head."""
     for volume in (label, prediction):
-        if volume is not None and (counts := np.count_nonzero(volume, axis=(1, 2))).any():
-            return int(counts.argmax())
+        counts = [] if volume is None else [np.count_nonzero(plane) for plane in volume]  # a quarter of the time of all at once
+        if any(counts):
+            return int(np.argmax(counts))
     return middle
 
 
@@ -170,5 +174,5 @@ def _shrink_label(plane: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np
 
 def _png(plane: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(plane)).save(buffer, "PNG", compress_level=9)
+    Image.fromarray(np.ascontiguousarray(plane)).save(buffer, "PNG", compress_level=COMPRESS_LEVEL)
     return buffer.getvalue()

@@ -309,6 +309,12 @@ class TestTrust:
         assert trust["mean_entropy"] == pytest.approx(-(0.8 * math.log2(0.8) + 0.2 * math.log2(0.2)), abs=1e-4)
         assert trust["outside_head_fraction"] == pytest.approx(1 - head.mean(), abs=1e-6)
 
+    @pytest.mark.parametrize("probability", [1e-5, 0.003, 0.5, 0.9, 0.9996, 0.99999])
+    def test_its_entropy_is_as_near_however_sure_it_is(self, tmp_path, probability):
+        trust = self.certain(tmp_path, probability).predict([make_scan()])[0].trust[0]
+        bits = -(probability * math.log2(probability) + (1 - probability) * math.log2(1 - probability))
+        assert trust["mean_entropy"] == pytest.approx(bits, rel=0.005)
+
     def test_of_a_mask_nowhere(self, tmp_path):
         prediction = self.certain(tmp_path, 0.8, threshold=0.9).predict([make_scan()])[0]
         assert not prediction.label.any()

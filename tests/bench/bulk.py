@@ -29,6 +29,8 @@ sys.path.insert(0, str(ROOT))
 from brainseg.environment import FOR_WORKERS  # noqa: E402
 
 SLICES_TIMED_S = 20.0
+EVERY_S = 2.0
+"""Looking takes several milliseconds of one of the cores that are measured."""
 AFTER_SCANS = 20
 """Memory is looked at after so many scans, and at the end: what it has grown by in between, it would go on growing by."""
 
@@ -119,7 +121,7 @@ class Watch:
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(EVERY_S):
             self._look()
             self.samples.append((time.time(), sum(self.seconds.values()), self.peak_mb))
 

@@ -25,8 +25,11 @@ from brainseg.errors import PreflightError, one_line
 from brainseg.losses import Share, loss_over_levels, sums_over_batch
 from brainseg.patches import cut, draw_places
 from brainseg.precision import has_fast_bf16
-from brainseg.unet import UNet
+from brainseg.unet import ChannelDropout, UNet
 from brainseg.weights import check_fit
+
+DROPOUT_STREAM = 1
+"""Tells what dropout draws in a step from what else is drawn from the same seed."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def train_step(learner: Learner, images: Tensor, masks: Tensor, step: int) -> Te
     for group in learner.optimiser.param_groups:
         group["lr"] = learning_rate(config.optimiser, step, learner.total_steps)
     learner.optimiser.zero_grad(set_to_none=True)
-    loss = accumulate(learner, images, masks)
+    loss = accumulate(learner, images, masks, step)
     if config.optimiser.clip_norm:
         learner.gradient_norm = nn.utils.clip_grad_norm_(learner.network.parameters(), config.optimiser.clip_norm)
     learner.optimiser.step()
@@ -173,7 +176,7 @@ def train_step(learner: Learner, images: Tensor, masks: Tensor, step: int) -> Te
     return loss
 
 
-def accumulate(learner: Learner, images: Tensor, masks: Tensor) -> Tensor:
+def accumulate(learner: Learner, images: Tensor, masks: Tensor, step: int = 0) -> Tensor:
     """Leave the gradient of the global batch's loss on the weights, at most `micro_batch` slices at a time; returns the loss.
 
     What goes through together is spread over the share, which has its tumour slices first. Batch norm normalises by it, and
@@ -183,42 +186,69 @@ def accumulate(learner: Learner, images: Tensor, masks: Tensor) -> Tensor:
     largest_share = -(-config.batch_size // workers)
     most = config.micro_batch or largest_share
     share, count = Share(config.batch_size, workers), -(-len(images) // most)
-    parts = [(images[n::count], masks[n::count]) for n in range(count)]
+    drops = _draw_drops(learner, step)[: len(images)]
+    parts = [_Part(images[n::count], masks[n::count], drops[n::count]) for n in range(count)]
     if largest_share > most and sums_over_batch(config.loss):  # all workers or none: they meet in the same order
         return _accumulate_in_two_passes(learner, parts, share)
     total = torch.zeros((), device=learner.device)
-    for number, (x, y) in enumerate(parts):
+    for number, part in enumerate(parts):
         with _gradients_shared(learner, last=number == count - 1):
-            loss = loss_over_levels(config.loss, _levels(learner, learner.stepped, x), y, share)
+            loss = loss_over_levels(config.loss, _levels(learner, learner.stepped, part), part.masks, share)
             torch.autograd.backward(loss)
         total = total + loss.detach()
     return total
 
 
-def _accumulate_in_two_passes(learner: Learner, parts: Sequence[tuple[Tensor, Tensor]], share: Share) -> Tensor:
+@dataclass(frozen=True)
+class _Part:
+    """Samples that go through the network together, with what its dropout leaves of their channels: `(b, C of all layers)`."""
+
+    images: Tensor
+    masks: Tensor
+    drops: Tensor
+
+
+def _dropouts(network: UNet) -> list[ChannelDropout]:
+    return [layer for layer in network.modules() if isinstance(layer, ChannelDropout)]
+
+
+def _draw_drops(learner: Learner, step: int) -> Tensor:
+    """What dropout leaves of this worker's share: drawn for the whole batch, so that nobody else would draw otherwise."""
+    layers, config = _dropouts(learner.network), learner.config
+    rng = np.random.default_rng([config.seed, 0, step, DROPOUT_STREAM])
+    uniform = torch.from_numpy(rng.random((config.batch_size, sum(layer.channels for layer in layers)), np.float32))
+    mine = torch.split(uniform[learner.worker.rank :: learner.worker.count], [layer.channels for layer in layers], dim=1)
+    kept = [layer.chances(part) for layer, part in zip(layers, mine, strict=True)]
+    return torch.cat(kept, dim=1).to(learner.device) if kept else uniform
+
+
+def _accumulate_in_two_passes(learner: Learner, parts: Sequence[_Part], share: Share) -> Tensor:
     """The same for a loss that is no sum over samples: its slope at the logits, taken over all of them, then theirs.
 
     By the chain rule this is exact, and logits are small beside what the way back needs (Gao et al. 2021, gradient cache).
-    The first pass moves no running average, and the second repeats its dropout.
+    The first pass moves no running average.
     """
     buffers = {name: value.clone() for name, value in learner.network.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[learner.device] if learner.device.type == "cuda" else []):
-        answers = [_levels(learner, partial(functional_call, learner.network, buffers), x) for x, _ in parts]
+    with torch.no_grad():
+        answers = [_levels(learner, partial(functional_call, learner.network, buffers), part) for part in parts]
     whole = [torch.cat(level).requires_grad_() for level in zip(*answers, strict=True)]
-    loss = loss_over_levels(learner.config.loss, whole, torch.cat([y for _, y in parts]), share)
+    loss = loss_over_levels(learner.config.loss, whole, torch.cat([part.masks for part in parts]), share)
     torch.autograd.backward(loss)
-    sizes = [len(x) for x, _ in parts]
+    sizes = [len(part.images) for part in parts]
     slopes = zip(*(torch.split(level.grad, sizes) for level in whole if level.grad is not None), strict=True)
-    for number, ((x, _), slope) in enumerate(zip(parts, slopes, strict=True)):
+    for number, (part, slope) in enumerate(zip(parts, slopes, strict=True)):
         with _gradients_shared(learner, last=number == len(parts) - 1):
-            torch.autograd.backward(_levels(learner, learner.stepped, x), slope)
+            torch.autograd.backward(_levels(learner, learner.stepped, part), slope)
     return loss.detach()
 
 
-def _levels(learner: Learner, network: Callable[[Tensor], Tensor | list[Tensor]], images: Tensor) -> list[Tensor]:
+def _levels(learner: Learner, network: Callable[[Tensor], Tensor | list[Tensor]], part: _Part) -> list[Tensor]:
     """What a network in training answers on each of its levels, finest first."""
+    layers = _dropouts(learner.network)
+    for layer, kept in zip(layers, torch.split(part.drops, [layer.channels for layer in layers], dim=1), strict=True):
+        layer.kept = kept
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=uses_bf16(learner.config, learner.device)):
-        answer = network(images.contiguous(memory_format=learner.network.memory_format))
+        answer = network(part.images.contiguous(memory_format=learner.network.memory_format))
     return answer if isinstance(answer, list) else [answer]
 
 
@@ -250,7 +280,6 @@ def _average(learner: Learner, step: int) -> None:
 def train_epoch(learner: Learner, samples: SampleSet, epoch: int) -> float:
     """Train one epoch; returns its mean loss over this worker's steps."""
     learner.network.train()
-    torch.manual_seed(learner.config.seed * 1_000_003 + epoch * 1009 + learner.worker.rank)  # dropout alone reads this
     first = epoch * learner.steps_per_epoch
     losses = [train_step(learner, x, y, first + i) for i, (x, y) in enumerate(batches(learner, samples, epoch))]
     _agree(learner)

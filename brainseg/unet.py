@@ -28,22 +28,42 @@ class Layers:
     pool: type[nn.MaxPool2d] | type[nn.MaxPool3d]
     batch_norm: type[nn.BatchNorm2d] | type[nn.BatchNorm3d]
     instance_norm: type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]
-    dropout: type[nn.Dropout2d] | type[nn.Dropout3d]
     memory_format: torch.memory_format
 
 
 LAYERS = {
-    2: Layers(
-        nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.Dropout2d, torch.channels_last
-    ),
-    3: Layers(
-        nn.Conv3d, nn.ConvTranspose3d, nn.MaxPool3d, nn.BatchNorm3d, nn.InstanceNorm3d, nn.Dropout3d, torch.channels_last_3d
-    ),
+    2: Layers(nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.BatchNorm2d, nn.InstanceNorm2d, torch.channels_last),
+    3: Layers(nn.Conv3d, nn.ConvTranspose3d, nn.MaxPool3d, nn.BatchNorm3d, nn.InstanceNorm3d, torch.channels_last_3d),
 }
 GROUPS = 8
 LEAK = 0.01
 PRIOR_LOGIT = -2.0
 """Tumour is rare: an untrained head starts by believing so, which saves the first hundred steps."""
+
+
+class ChannelDropout(nn.Module):
+    """Leave whole channels of a sample out in training (Tompson et al. 2015), as `nn.Dropout2d` does; which ones can be said.
+
+    `kept` `(B, C)` is what the next batch is multiplied by; None: drawn anew. So what a sample loses need not depend on
+    the samples or the worker it goes through with.
+    """
+
+    kept: Tensor | None = None
+
+    def __init__(self, channels: int, rate: float) -> None:
+        super().__init__()
+        self.channels = channels
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = self.chances(torch.rand(x.shape[:2])) if self.kept is None else self.kept
+        return x * kept.to(x.device, x.dtype).view(*kept.shape, *[1] * (x.dim() - 2))
+
+    def chances(self, uniform: Tensor) -> Tensor:
+        """What to multiply channels by, 0 or what makes up for the others, of numbers drawn evenly from 0 to 1."""
+        return (uniform >= self.rate).float() / (1 - self.rate)
 
 
 class Block(nn.Module):
@@ -58,7 +78,7 @@ class Block(nn.Module):
         self.norm2 = _norm(config, channels_out)
         self.act1: nn.Module = _activation(config)
         self.act2: nn.Module = _activation(config)
-        self.drop: nn.Module = layers.dropout(dropout) if dropout else nn.Identity()
+        self.drop: nn.Module = ChannelDropout(channels_out, dropout) if dropout else nn.Identity()
         self.shortcut = layers.convolution(channels_in, channels_out, 1, bias=False) if config.residual else None
 
     def forward(self, x: Tensor) -> Tensor:

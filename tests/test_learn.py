@@ -368,6 +368,7 @@ class TestResume:
 
 PAIR = {
     "group": tiny_config(augment=AugmentConfig(flip=True, noise=0.1), ema_decay=0.9, batch_size=5),
+    "dropout": DEEP.model_copy(update={"network": DEEP.network.model_copy(update={"dropout": 0.4}), "micro_batch": 1}),
     "batch": HARD.model_copy(update={"loss": LossConfig(kind="dice", dice_over="sample")}),
     "deep": DEEP,
     "volume": VOLUME.model_copy(update={"micro_batch": 1}),
@@ -401,7 +402,7 @@ class TestTwoWorkers:
         assert any("running_mean" in name for name in states[0])
         assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
 
-    @pytest.mark.parametrize("name", ["group", "deep", "parts", "volume"])
+    @pytest.mark.parametrize("name", ["group", "dropout", "deep", "parts", "volume"])
     def test_learn_what_one_would_have_learnt(self, pair, entries, name):
         alone = trained(PAIR[name].model_copy(update={"micro_batch": None}), entries, Worker())
         assert float(pair[0][f"{name}: loss"] + pair[1][f"{name}: loss"]) / 2 == pytest.approx(float(alone["loss"]), rel=1e-4)

@@ -7,7 +7,7 @@ from torch import nn
 
 from brainseg import unet
 from brainseg.config import NetworkConfig
-from brainseg.unet import PRIOR_LOGIT, Activated, UNet, folded, num_parameters
+from brainseg.unet import PRIOR_LOGIT, Activated, ChannelDropout, UNet, folded, num_parameters
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance", "group", "none"])
@@ -53,8 +53,24 @@ def test_every_weight_receives_a_gradient():
 
 def test_dropout_is_in_the_lower_half_alone():
     network = UNet(NetworkConfig(widths=(4, 4, 4, 4), dropout=0.5), 1, 1)
-    assert [isinstance(b.drop, torch.nn.Dropout2d) for b in network.down] == [False, False, True, True]
-    assert [isinstance(b.drop, torch.nn.Dropout2d) for b in network.up] == [False, False, True]
+    assert [isinstance(b.drop, ChannelDropout) for b in network.down] == [False, False, True, True]
+    assert [isinstance(b.drop, ChannelDropout) for b in network.up] == [False, False, True]
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 8, 8), (4, 6, 8, 8, 8)])
+def test_dropout_takes_away_whole_channels_in_training_and_makes_up_for_them(shape):
+    layer, x = ChannelDropout(6, 0.5), torch.ones(shape)
+    left = torch.cat([layer(x) for _ in range(300)]).flatten(2)
+    assert set(left.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(left.amin(dim=2), left.amax(dim=2))
+    assert left.mean() == pytest.approx(1, abs=0.05)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_dropout_leaves_what_it_is_told_to():
+    layer, told = ChannelDropout(3, 0.5), torch.tensor([[2.0, 0, 2], [0, 0, 2]])
+    layer.kept = told
+    assert torch.equal(layer(torch.ones(2, 3, 4, 4)).mean(dim=(2, 3)), told)
 
 
 def test_the_seed_alone_decides_the_weights():
@@ -186,6 +202,3 @@ class TestThreeDimensions:
         with torch.no_grad():
             moved = (network(plain) != network(changed)).flatten(3).any(dim=3)[0, 0]
         assert moved[2:5].all()
-
-    def test_dropout_takes_away_whole_volumes_of_a_channel(self):
-        assert isinstance(UNet(NetworkConfig(dimensions=3, widths=(4, 4), dropout=0.5), 1, 1).down[1].drop, torch.nn.Dropout3d)

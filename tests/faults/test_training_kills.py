@@ -127,22 +127,26 @@ def _workers(model: Path) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_an_elastic_training_grows_with_the_cluster_shrinks_with_it_and_learns_the_same(folder: Path) -> None:
-    """A node joins in mid-training and is killed later. With group norm the answer does not depend on how many train."""
+    """A node joins in mid-training and is killed later. With group norm the answer does not depend on how many train.
+
+    The head alone has room for one worker or two, as Ray still keeps a CPU for the decoding before it or not; never for three.
+    """
     (port,) = free_ports(1)
     work, gcs, longer = folder / "elastic.work", f"127.0.0.1:{port}", "epochs=60 patience=60"
     assert start(folder, "one", more=longer).process.wait(timeout=900) == ExitCode.OK
     with ray_head(cpus=2, gcs_port=port):
-        driver = start(folder, "elastic", workers="1..2", address=gcs, more=longer)
+        driver = start(folder, "elastic", workers="1..3", address=gcs, more=longer)
         _wait_for_an_epoch(driver, work)
         with ray_node(f"--address={gcs}", "--num-cpus=2") as joined:
-            while driver.lives() and (not work.exists() or 2 not in _workers(work)):
+            while driver.lives() and (not work.exists() or 3 not in _workers(work)):
                 time.sleep(0.5)
             os.killpg(joined.pid, signal.SIGKILL)
             assert driver.process.wait(timeout=900) == ExitCode.OK, driver.said_last()
     counts = _workers(folder / "elastic")
     print(f"workers of each epoch: {counts}")
-    assert {1, 2} <= set(counts)
-    assert counts[-1] == 1
+    assert 3 in counts
+    assert counts[0] < 3
+    assert counts[-1] < 3
     losses = [
         [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "elastic")

@@ -34,7 +34,7 @@ from brainseg.session import Cluster, await_room, connect, joins_cluster, lifeli
 from brainseg.stages import Job
 from brainseg.verify import verify_run as verify_run
 from brainseg.versions import versions
-from brainseg.workers import Forward, WholeWay, decode_block, finish_block
+from brainseg.workers import BLOCKS_AT_ONCE, Forward, WholeWay, decode_block, finish_block
 
 STANDSTILL_S = 600.0
 """Beyond what a whole part may take, a job in which nothing moves for this long is ended: Ray would wait in silence."""
@@ -317,11 +317,12 @@ def _room(cluster: Cluster, scans: int, how: How) -> Room:
 def pipeline(todo: pa.Table, job: Job, plan: Plan) -> Dataset:
     """The whole way of a scan. Different num_cpus keep the stages from being fused into one process."""
     blocks = ray.data.from_arrow(todo).repartition(target_num_rows_per_block=plan.scans_per_part)
-    pool = ActorPoolStrategy(size=plan.actors)
     arguments: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     if plan.mode == "fused":
+        pool = ActorPoolStrategy(size=plan.actors)
         return blocks.map_batches(WholeWay, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, **arguments)
-    tasks = TaskPoolStrategy(plan.decode_tasks)
+    threads: dict[str, Any] = {"max_concurrent_calls_per_actor": BLOCKS_AT_ONCE, "enable_true_multi_threading": True}
+    pool, tasks = ActorPoolStrategy(size=plan.actors, **threads), TaskPoolStrategy(plan.decode_tasks)
     decoded = blocks.map_batches(partial(decode_block, job=job), num_cpus=DECODE_CPUS, compute=tasks, **arguments)
     predicted = decoded.map_batches(
         Forward, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, **arguments

@@ -1,11 +1,21 @@
 """Workers: what a process does with a block, and that it does not keep hold of what it is done with."""
 
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
+import pytest
 from factory import make_scan
 
+from brainseg import inflight, stages
+from brainseg.model import Prediction
 from brainseg.stages import Work
-from brainseg.workers import _predicted
+from brainseg.telemetry import BusyShare
+from brainseg.turns import Turns
+from brainseg.workers import BLOCKS_AT_ONCE, Forward, _predicted
 
 
 def name_of(work):
@@ -29,3 +39,76 @@ def test_no_scan_is_held_any_more_when_the_next_group_is_read(monkeypatch):
     assert finished == ["0", "1", "2", "3", "4"]
     assert [any(each) for each in alive_then] == [False] * 5
     assert all(ref() is None for ref in read)
+
+
+class Slow:
+    """A network that takes its time for a scan, and notices who else is in it."""
+
+    def __init__(self, seconds):
+        self.seconds, self.inside, self.most = seconds, 0, 0
+
+    def predict(self, scans, patients):
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(self.seconds)
+        self.inside -= 1
+        return [Prediction(np.zeros(scan.grid.shape, np.uint8), (), self.seconds) for scan in scans]
+
+
+def block(number, scans=4):
+    rows = [{"scan_id": f"{number}-{n}", "patient_id": None} for n in range(scans)]
+    works = [stages.pack(Work(row, make_scan((2, 8, 8)))) for row in rows]
+    return pa.table({name: [row[name] for row in rows] for name in rows[0]} | {"work": pa.array(works, pa.large_binary())})
+
+
+@pytest.fixture
+def forward(tmp_path, monkeypatch):
+    """An actor with a slow network, whose notes go to a store that is slow to answer."""
+    monkeypatch.setattr(stages, "VOXELS_TOGETHER", 1)
+    one = object.__new__(Forward)
+    one.job = SimpleNamespace(run=str(tmp_path), run_id="r", scan_seconds=60.0, suspects=frozenset())
+    one.model, one.busy, one.turns = Slow(0.005), BusyShare(), Turns()
+    return one
+
+
+def late(call, seconds):
+    def answered(*words, **how):
+        time.sleep(seconds)
+        return call(*words, **how)
+
+    return answered
+
+
+class TestForward:
+    def test_a_store_that_is_slow_does_not_keep_the_network_waiting(self, forward, monkeypatch):
+        monkeypatch.setattr(inflight, "_create", late(inflight._create, 0.03))
+        monkeypatch.setattr(inflight.storage, "delete", late(inflight.storage.delete, 0.03))
+        blocks = [block(number) for number in range(12)]
+        taken = {}
+        for threads in (1, BLOCKS_AT_ONCE):
+            started = time.perf_counter()
+            with ThreadPoolExecutor(threads) as pool:
+                answers = list(pool.map(forward, blocks))
+            taken[threads] = time.perf_counter() - started
+            assert [a["scan_id"].to_pylist() for a in answers] == [b["scan_id"].to_pylist() for b in blocks]
+        assert taken[BLOCKS_AT_ONCE] < 0.7 * taken[1]
+        assert forward.model.most == 1
+
+    def test_what_is_touched_alone_has_the_process_to_itself(self, forward, tmp_path, monkeypatch):
+        """Were two scans noted at once, the one would be blamed for what the other does."""
+        noted, alone = [], inflight.Flight.alone
+
+        def watched(self, scan_id, stage, call, give_up):
+            def looked():
+                noted.append(sorted(path.name for path in (tmp_path / "inflight").glob("predict-*")))
+                return call()
+
+            return alone(self, scan_id, stage, looked, give_up)
+
+        monkeypatch.setattr(inflight.Flight, "alone", watched)
+        forward.job.suspects = frozenset({"0-0", "1-0", "2-0"})
+        with ThreadPoolExecutor(BLOCKS_AT_ONCE) as pool:
+            list(pool.map(forward, [block(number) for number in range(3)]))
+        assert [len(names) for names in noted] == [1] * 12
+        assert forward.model.most == 1
+        assert list((tmp_path / "inflight").iterdir()) == []

@@ -137,14 +137,17 @@ def _generation(holder: Holder | None) -> int:
 
 
 def _read(place: str) -> dict[str, Any] | None:
-    """What a lease or claim says; None where there is none."""
-    try:
-        body: dict[str, Any] = storage.read_json(place)
-    except StorageError:
-        if storage.exists(place):
-            raise
-        return None
-    return body
+    """What a lease or claim says; None where there is none. It may come, or go, between the two questions."""
+    for _ in range(3):
+        try:
+            body: dict[str, Any] = storage.read_json(place)
+        except StorageError:
+            if not storage.exists(place):
+                return None
+        else:
+            return body
+    last: dict[str, Any] = storage.read_json(place)
+    return last
 
 
 def _is_alive(holder: Holder, place: str, patience_s: float) -> bool:

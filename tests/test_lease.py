@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from brainseg import lease, storage
-from brainseg.errors import RunError
+from brainseg.errors import RunError, StorageError
 from brainseg.lease import Lease, refuse_if_held, refuse_overtaken
 
 ROOT = str(Path(lease.__file__).parents[1])
@@ -119,6 +119,23 @@ def test_of_two_drivers_that_start_at_once_one_goes_on(run):
         for p in both:
             p.kill()
             p.communicate()
+
+
+def test_a_claim_that_comes_just_after_it_was_looked_for_is_read(run, monkeypatch):
+    elsewhere(run)
+    found, read, exists = f"{run}/lease.json", storage.read_json, storage.exists
+    hidden = Path(found).rename(f"{found}.hidden")
+
+    def appears(place):
+        if hidden.exists():
+            hidden.rename(found)
+        return exists(place)
+
+    monkeypatch.setattr(storage, "exists", appears)
+    assert lease._read(found) == read(found)
+    Path(found).write_text("{")
+    with pytest.raises(StorageError, match="JSON"):
+        lease._read(found)
 
 
 @pytest.mark.parametrize("takers", [2, 6])

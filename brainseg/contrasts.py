@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEAST_VOXELS = 100
-LOOKED_AT = 50_000
+LOOKED_AT = 20_000
 """About as many voxels are compared: a correlation over more of them is no surer."""
 STANDARD_ERRORS = 2.0
 """What chance leaves of a difference between correlations over `n` voxels is this over the root of `n`."""

@@ -26,7 +26,7 @@ from brainseg.turns import Turn, Turns
 BLOCKS_AT_ONCE = 3
 """Blocks that a process with a GPU works on: one has the network, the others what is before and after it. In a mock-up
 (`tests/bench/slow_notes.py`) of blocks of 8 scans, 10 ms of network a scan and a store that answers three times a block after
-50 ms, the network had work for 0.32 of the time with one block, for 0.64 with two and for 0.86 with three or four."""
+50 ms, the network had work for 0.30 of the time with one block, for 0.61 with two and for 0.82 with three or four."""
 
 RECEIPT = pa.schema(
     [

@@ -176,7 +176,7 @@ def train_step(learner: Learner, images: Tensor, masks: Tensor, step: int) -> Te
     return loss
 
 
-def accumulate(learner: Learner, images: Tensor, masks: Tensor, step: int = 0) -> Tensor:
+def accumulate(learner: Learner, images: Tensor, masks: Tensor, step: int) -> Tensor:
     """Leave the gradient of the global batch's loss on the weights, at most `micro_batch` slices at a time; returns the loss.
 
     What goes through together is spread over the share, which has its tumour slices first. Batch norm normalises by it, and
@@ -186,8 +186,8 @@ def accumulate(learner: Learner, images: Tensor, masks: Tensor, step: int = 0) -
     largest_share = -(-config.batch_size // workers)
     most = config.micro_batch or largest_share
     share, count = Share(config.batch_size, workers), -(-len(images) // most)
-    drops = _draw_drops(learner, step)[: len(images)]
-    parts = [_Part(images[n::count], masks[n::count], drops[n::count]) for n in range(count)]
+    kept = _draw_kept(learner, step)
+    parts = [_Part(images[n::count], masks[n::count], [layer[n::count] for layer in kept]) for n in range(count)]
     if largest_share > most and sums_over_batch(config.loss):  # all workers or none: they meet in the same order
         return _accumulate_in_two_passes(learner, parts, share)
     total = torch.zeros((), device=learner.device)
@@ -201,25 +201,23 @@ def accumulate(learner: Learner, images: Tensor, masks: Tensor, step: int = 0) -
 
 @dataclass(frozen=True)
 class _Part:
-    """Samples that go through the network together, with what its dropout leaves of their channels: `(b, C of all layers)`."""
+    """Samples that go through the network together, and what each layer of dropout leaves of their channels: `(b, C)`."""
 
     images: Tensor
     masks: Tensor
-    drops: Tensor
+    kept: Sequence[Tensor]
 
 
 def _dropouts(network: UNet) -> list[ChannelDropout]:
     return [layer for layer in network.modules() if isinstance(layer, ChannelDropout)]
 
 
-def _draw_drops(learner: Learner, step: int) -> Tensor:
-    """What dropout leaves of this worker's share: drawn for the whole batch, so that nobody else would draw otherwise."""
-    layers, config = _dropouts(learner.network), learner.config
+def _draw_kept(learner: Learner, step: int) -> list[Tensor]:
+    """What each layer of dropout leaves of this worker's share: drawn for the whole batch, so that nobody draws otherwise."""
+    config, worker = learner.config, learner.worker
     rng = np.random.default_rng([config.seed, 0, step, DROPOUT_STREAM])
-    uniform = torch.from_numpy(rng.random((config.batch_size, sum(layer.channels for layer in layers)), np.float32))
-    mine = torch.split(uniform[learner.worker.rank :: learner.worker.count], [layer.channels for layer in layers], dim=1)
-    kept = [layer.chances(part) for layer, part in zip(layers, mine, strict=True)]
-    return torch.cat(kept, dim=1).to(learner.device) if kept else uniform
+    drawn = [(layer, rng.random((config.batch_size, layer.channels), np.float32)) for layer in _dropouts(learner.network)]
+    return [layer.factors(torch.from_numpy(n[worker.rank :: worker.count])).to(learner.device) for layer, n in drawn]
 
 
 def _accumulate_in_two_passes(learner: Learner, parts: Sequence[_Part], share: Share) -> Tensor:
@@ -244,8 +242,7 @@ def _accumulate_in_two_passes(learner: Learner, parts: Sequence[_Part], share: S
 
 def _levels(learner: Learner, network: Callable[[Tensor], Tensor | list[Tensor]], part: _Part) -> list[Tensor]:
     """What a network in training answers on each of its levels, finest first."""
-    layers = _dropouts(learner.network)
-    for layer, kept in zip(layers, torch.split(part.drops, [layer.channels for layer in layers], dim=1), strict=True):
+    for layer, kept in zip(_dropouts(learner.network), part.kept, strict=True):
         layer.kept = kept
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=uses_bf16(learner.config, learner.device)):
         answer = network(part.images.contiguous(memory_format=learner.network.memory_format))

@@ -138,16 +138,15 @@ def _generation(holder: Holder | None) -> int:
 
 def _read(place: str) -> dict[str, Any] | None:
     """What a lease or claim says; None where there is none. It may come, or go, between the two questions."""
+    body: dict[str, Any]
     for _ in range(3):
-        try:
-            body: dict[str, Any] = storage.read_json(place)
-        except StorageError:
-            if not storage.exists(place):
-                return None
-        else:
+        with suppress(StorageError):
+            body = storage.read_json(place)
             return body
-    last: dict[str, Any] = storage.read_json(place)
-    return last
+        if not storage.exists(place):
+            return None
+    body = storage.read_json(place)
+    return body
 
 
 def _is_alive(holder: Holder, place: str, patience_s: float) -> bool:

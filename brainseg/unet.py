@@ -58,10 +58,10 @@ class ChannelDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        kept = self.chances(torch.rand(x.shape[:2])) if self.kept is None else self.kept
+        kept = self.factors(torch.rand(x.shape[:2])) if self.kept is None else self.kept
         return x * kept.to(x.device, x.dtype).view(*kept.shape, *[1] * (x.dim() - 2))
 
-    def chances(self, uniform: Tensor) -> Tensor:
+    def factors(self, uniform: Tensor) -> Tensor:
         """What to multiply channels by, 0 or what makes up for the others, of numbers drawn evenly from 0 to 1."""
         return (uniform >= self.rate).float() / (1 - self.rate)
 

@@ -245,7 +245,7 @@ def gradient_of(learner, images, masks):
     """Loss, and the gradient of every weight as one vector."""
     learner.network.train()
     torch.manual_seed(9)
-    loss = accumulate(learner, images, masks)
+    loss = accumulate(learner, images, masks, 0)
     return loss.item(), torch.cat([p.grad.flatten() for p in learner.network.parameters()])
 
 
@@ -305,7 +305,7 @@ class TestMicroBatch:
         learner = learner_for(tiny_config(loss=LossConfig(dice_over=over), batch_size=7, micro_batch=3), samples)
         seen = []
         learner.network.down[0].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-        accumulate(learner, *samples.batch(np.arange(7), CPU))
+        accumulate(learner, *samples.batch(np.arange(7), CPU), 0)
         assert seen == [3, 2, 2] * (2 if over == "batch" else 1)
 
     def test_both_passes_drop_the_same_and_running_averages_move_once(self, samples):
@@ -314,7 +314,7 @@ class TestMicroBatch:
         learner.network.train()
         answers = []
         learner.network.head.register_forward_hook(lambda _, __, out: answers.append(out.detach().clone()))
-        accumulate(learner, *samples.batch(np.array([2, 0, 3, 7]), CPU))
+        accumulate(learner, *samples.batch(np.array([2, 0, 3, 7]), CPU), 0)
         assert len(answers) == 4
         assert torch.equal(answers[0], answers[2])
         assert torch.equal(answers[1], answers[3])
@@ -326,7 +326,7 @@ class TestMicroBatch:
         learner.network.down[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
         numbers = epoch_order(samples.foreground, learner.config, 0)[0]
         images, masks = samples.batch(numbers, CPU)
-        accumulate(learner, images, masks)
+        accumulate(learner, images, masks, 0)
         assert torch.equal(torch.cat(seen), images[[0, 2, 1, 3]])
         assert samples.foreground[numbers].tolist() == [True, True, False, False]
 

@@ -3,19 +3,14 @@
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
-import numpy as np
-import pyarrow as pa
 import pytest
 from factory import make_scan
+from slow_network import actor, block, late
 
 from brainseg import inflight, stages
-from brainseg.model import Prediction
 from brainseg.stages import Work
-from brainseg.telemetry import BusyShare
-from brainseg.turns import Turns
-from brainseg.workers import BLOCKS_AT_ONCE, Forward, _predicted
+from brainseg.workers import BLOCKS_AT_ONCE, _predicted
 
 
 def name_of(work):
@@ -41,42 +36,11 @@ def test_no_scan_is_held_any_more_when_the_next_group_is_read(monkeypatch):
     assert all(ref() is None for ref in read)
 
 
-class Slow:
-    """A network that takes its time for a scan, and notices who else is in it."""
-
-    def __init__(self, seconds):
-        self.seconds, self.inside, self.most = seconds, 0, 0
-
-    def predict(self, scans, patients):
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-        time.sleep(self.seconds)
-        self.inside -= 1
-        return [Prediction(np.zeros(scan.grid.shape, np.uint8), (), self.seconds) for scan in scans]
-
-
-def block(number, scans=4):
-    rows = [{"scan_id": f"{number}-{n}", "patient_id": None} for n in range(scans)]
-    works = [stages.pack(Work(row, make_scan((2, 8, 8)))) for row in rows]
-    return pa.table({name: [row[name] for row in rows] for name in rows[0]} | {"work": pa.array(works, pa.large_binary())})
-
-
 @pytest.fixture
 def forward(tmp_path, monkeypatch):
-    """An actor with a slow network, whose notes go to a store that is slow to answer."""
+    """An actor with a slow network."""
     monkeypatch.setattr(stages, "VOXELS_TOGETHER", 1)
-    one = object.__new__(Forward)
-    one.job = SimpleNamespace(run=str(tmp_path), run_id="r", scan_seconds=60.0, suspects=frozenset())
-    one.model, one.busy, one.turns = Slow(0.005), BusyShare(), Turns()
-    return one
-
-
-def late(call, seconds):
-    def answered(*words, **how):
-        time.sleep(seconds)
-        return call(*words, **how)
-
-    return answered
+    return actor(str(tmp_path), 0.005)
 
 
 class TestForward:

@@ -1,8 +1,8 @@
 """NIfTI: the bytes of a `.nii` or `.nii.gz` -> a volume and its grid, and a mask back into a `.nii.gz`.
 
-An own header parse and libdeflate take a quarter to an eighth of nibabel's time; nibabel is the oracle of the tests.
-The header is judged before anything of the claimed size is allocated. Layout of both headers, meaning of the two affines
-and of the quaternion: nifti1.h and nifti2.h of the NIfTI Data Format Working Group.
+An own header parse and libdeflate take a quarter to an eighth of nibabel's time for a BraTS volume; nibabel is the oracle
+of the tests. The header is judged before anything of the claimed size is allocated. Layout of both headers, meaning of
+the two affines and of the quaternion: nifti1.h and nifti2.h of the NIfTI Data Format Working Group.
 """
 
 import functools

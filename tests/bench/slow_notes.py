@@ -11,28 +11,21 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_workers import Slow, block, late
+from slow_network import actor, block, late
 
 from brainseg import inflight, stages
-from brainseg.telemetry import BusyShare
-from brainseg.turns import Turns
-from brainseg.workers import Forward
 
 BLOCKS, SCANS = 36, 8
 
 
 def busy_share(blocks_at_once: int, scan_s: float) -> float:
     """Share of the time in which the network has work."""
-    actor = object.__new__(Forward)  # whose constructor wants a cluster and a model
-    actor.model, actor.busy, actor.turns = Slow(scan_s), BusyShare(), Turns()
     with tempfile.TemporaryDirectory() as run, ThreadPoolExecutor(blocks_at_once) as threads:
-        actor.job = SimpleNamespace(run=run, run_id="mock-up", scan_seconds=60.0, suspects=frozenset())
         started = time.perf_counter()
-        list(threads.map(actor, [block(number, SCANS) for number in range(BLOCKS)]))
+        list(threads.map(actor(run, scan_s), [block(number, SCANS) for number in range(BLOCKS)]))
         return BLOCKS * SCANS * scan_s / (time.perf_counter() - started)
 
 

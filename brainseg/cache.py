@@ -29,10 +29,10 @@ from brainseg.prepare import (
     model_slices,
     plan_scan,
     select_modalities,
-    to_tensor,
 )
 from brainseg.regions import LabelMap, label_map
 from brainseg.scans import Scan
+from brainseg.uploads import to_tensor
 
 MEMORY_BUDGET_BYTES = 4 << 30
 """Prepared slices are kept in a worker's memory up to this much."""

@@ -22,8 +22,7 @@ from brainseg import shipped, storage
 from brainseg.card import CARD, ModelCard, Split, Terms, fingerprint_of, load_card
 from brainseg.config import SegmentConfig
 from brainseg.errors import PreflightError, StorageError, UsageError
-from brainseg.model import Model, Patients, Segmenter, load_model
-from brainseg.scans import Scan
+from brainseg.model import Loaded, Model, Patients, Segmenter, Shown, load_model
 from brainseg.weights import read_json
 
 SUMMARY = "cross_validation.json"
@@ -52,21 +51,24 @@ class Ensemble(Segmenter):
     def __init__(self, members: Sequence[Model], settings: SegmentConfig) -> None:
         ordered = sorted(members, key=lambda member: member.fingerprint)
         cards = tuple(member.card for member in ordered)
-        self.models, self.settings = ordered, settings
+        self.models, self.settings, self.uploads = ordered, settings, ordered[0].uploads
         self.card, self.fingerprint = joint_card(cards, settings), joint_fingerprint(cards)
 
-    def probabilities(self, scans: Sequence[Scan], patients: Patients = None) -> Iterator[Tensor]:
+    def ways(self) -> set[Shown]:
+        return set().union(*(model.ways() for model in self.models))
+
+    def answers(self, loaded: Sequence[Loaded], patients: Patients = None) -> Iterator[Tensor]:
         """Yield each scan's mean region probabilities `(R, D, h, w)` over the members that may answer it."""
-        whose = patients or [None] * len(scans)
-        sums: list[Tensor | None] = [None] * len(scans)
-        counts = [0] * len(scans)
+        whose = patients or [None] * len(loaded)
+        sums: list[Tensor | None] = [None] * len(loaded)
+        counts = [0] * len(loaded)
         for model in self.models:
             places = [
                 i
-                for i, (scan, patient) in enumerate(zip(scans, whose, strict=True))
-                if may_answer(model.card, patient, scan.scan_id, self.settings)
+                for i, (one, patient) in enumerate(zip(loaded, whose, strict=True))
+                if may_answer(model.card, patient, one.scan.scan_id, self.settings)
             ]
-            answers = model.probabilities([scans[i] for i in places]) if places else ()
+            answers = model.answers([loaded[i] for i in places]) if places else ()
             for i, answer in zip(places, answers, strict=True):
                 so_far = sums[i]
                 sums[i], counts[i] = answer if so_far is None else so_far + answer, counts[i] + 1

@@ -3,13 +3,14 @@
 `MODEL/weights.safetensors` holds tensors and nothing else; `MODEL/model.json` is the card. Nothing in either is executed.
 """
 
-import functools
 import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,22 +18,20 @@ from numpy.typing import NDArray
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from brainseg import storage
+from brainseg import storage, trust
 from brainseg.card import CARD, ModelCard, fingerprint_of, load_card, resolved, save_card
-from brainseg.config import SegmentConfig
+from brainseg.config import PrepareConfig, SegmentConfig
 from brainseg.errors import Code, PreflightError, ScanError, StorageError
 from brainseg.geometry import occupied
 from brainseg.postprocess import Smallest, drop_components
 from brainseg.precision import decided, in_bf16, inference_dtype
 from brainseg.prepare import (
     Plan,
-    canonical_box,
     model_slices,
     native_probabilities,
     plan_scan,
     select_modalities,
     stack_context,
-    to_tensor,
     uncrop,
 )
 from brainseg.regions import label_map
@@ -40,19 +39,21 @@ from brainseg.scans import Scan
 from brainseg.shipped import place_of
 from brainseg.sliding import Patch, slide
 from brainseg.unet import UNet, folded
+from brainseg.uploads import Upload, Uploads
 from brainseg.weights import MOST_BYTES, blueprint, check_fit, read_limited, tensors_of
 
 WEIGHTS = "weights.safetensors"
-PIXELS_PER_FORWARD = {"cpu": 16 * 128 * 128, "cuda": 512 * 128 * 128}
+PIXELS_PER_FORWARD, PIXELS_PER_FORWARD_ON_A_GPU = 16 * 128 * 128, 512 * 128 * 128
 """How many model-grid pixels go through the network at once: on a CPU what fits its caches, on a GPU what fills it."""
-ENTROPIES_TOGETHER = 1 << 15
-"""Voxels whose entropies a CPU works out at once, in its cache."""
-ALMOST_SURE = 1e-6
-"""Probabilities nearer to 0 or 1 count as this far from it where a logarithm is taken."""
-
-
 Patients = Sequence[str | None] | None
 """Whose each of several scans is, where known; None where nobody asks."""
+
+
+OnDevice = Callable[[], AbstractContextManager[Any]]
+"""Gives what a thread enters to have the device to itself."""
+
+Shown = tuple[PrepareConfig, int]
+"""How a network sees a scan: its preparation, and how many slices on either side."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,22 @@ class Prediction:
     """A network's answer for one scan on its native grid: a label volume and how sure it was, per region."""
 
     label: NDArray[np.uint8]  # (D, H, W) in label-map values
-    trust: tuple[dict[str, float | None], ...]  # per region: mean_probability, mean_entropy, outside_head_fraction
+    trust: tuple[trust.Figures, ...]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A scan that networks are about to see: its crop, on its way to their device, and how it is shown to them."""
+
+    scan: Scan
+    crop: Upload  # (C, D, h, w) in canonical orientation, stored type, modalities as on the card
+    background: tuple[float, ...]
+    plans: Mapping[Shown, Plan]
+
+
+Drawn = tuple[NDArray[np.uint8], tuple[trust.Figures, ...]]
+"""A label on a scan's crop, and how sure the network was of it, region by region."""
 
 
 class Segmenter(ABC):
@@ -70,25 +85,56 @@ class Segmenter(ABC):
     card: ModelCard
     settings: SegmentConfig
     fingerprint: str
+    uploads: Uploads
 
     @abstractmethod
-    def probabilities(self, scans: Sequence[Scan], patients: Patients = None) -> Iterator[Tensor]:
-        """Yield each scan's region probabilities `(R, D, h, w)` on its crop in canonical orientation, one scan at a time.
+    def ways(self) -> set[Shown]:
+        """Every way in which a network of this one sees scans."""
 
-        Raises ScanError MISSING_MODALITY, before the first, when a scan lacks what is needed.
+    @abstractmethod
+    def answers(self, loaded: Sequence[Loaded], patients: Patients = None) -> Iterator[Tensor]:
+        """Yield each loaded scan's region probabilities `(R, D, h, w)`, as `probabilities` does."""
+
+    def load(self, scans: Sequence[Scan]) -> list[Loaded]:
+        """All that comes before the device is needed, and the way there.
+
+        Raises ScanError MISSING_MODALITY when a scan lacks what the networks need.
         """
+        return [self._load(scan) for scan in scans]
+
+    def _load(self, scan: Scan) -> Loaded:
+        crop, background = select_modalities(scan, self.card.modalities)
+        plans = {(prepare, n): plan_scan(scan, self.card.modalities, prepare, n) for prepare, n in self.ways()}
+        return Loaded(scan, self.uploads.send(crop), background, plans)
+
+    def probabilities(self, scans: Sequence[Scan], patients: Patients = None) -> Iterator[Tensor]:
+        """Return an iterator over each scan's region probabilities `(R, D, h, w)` on its crop in canonical orientation.
+
+        Raises ScanError MISSING_MODALITY when a scan lacks what is needed.
+        """
+        return self.answers(self.load(scans), patients)
 
     @torch.inference_mode()
-    def predict(self, scans: Sequence[Scan], patients: Patients = None) -> list[Prediction]:
+    def predict(
+        self,
+        scans: Sequence[Scan],
+        patients: Patients = None,
+        on_device: OnDevice = nullcontext,
+    ) -> list[Prediction]:
         """Segment scans together, their slices sharing batches; `patients` says whose they are, where that matters.
 
+        What the device does happens inside `on_device()`; what comes before and after it other threads may do meanwhile.
         Raises ScanError MISSING_MODALITY when a scan lacks what the network needs.
         """
-        started = time.perf_counter()
-        answers = self.probabilities(scans, patients)
-        out = [self._finish(scan, probability) for scan, probability in zip(scans, answers, strict=True)]
-        seconds = (time.perf_counter() - started) / max(len(scans), 1)
-        return [Prediction(p.label, p.trust, seconds) for p in out]
+        began = time.perf_counter()
+        loaded = self.load(scans)
+        waits = time.perf_counter()
+        with on_device():
+            waited = time.perf_counter() - waits
+            drawn = [self._drawn(*both) for both in zip(loaded, self.answers(loaded, patients), strict=True)]
+        labels = [uncrop(label, scan.grid, scan.box) for scan, (label, _) in zip(scans, drawn, strict=True)]
+        seconds = (time.perf_counter() - began - waited) / max(len(scans), 1)
+        return [Prediction(label, figures, seconds) for label, (_, figures) in zip(labels, drawn, strict=True)]
 
     def paint(self, probability: Tensor, threshold: float) -> NDArray[np.uint8]:
         """Threshold region probabilities `(R, ...)` and write them as one label in the values of the model's label map."""
@@ -99,23 +145,47 @@ class Segmenter(ABC):
         """A painted label `(D, h, w)` without the components that a rule drops."""
         return drop_components(painted, label_map(self.card.label_map), self.card.regions, smallest)
 
-    def _finish(self, scan: Scan, probability: Tensor) -> Prediction:
-        """Threshold `(R, D, h, w)`, paint, and put back on the native grid.
+    def _drawn(self, one: Loaded, probability: Tensor) -> Drawn:
+        """Threshold `(R, D, h, w)` and paint: a label on the crop, and how sure the network was of it.
 
         ScanError NON_FINITE where an answer is no number: over no threshold, it would look like a scan without a tumour.
         """
+        drawn = self._drawn_here if probability.is_cpu else self._drawn_there
+        found = drawn(one, probability)
+        if found is None:
+            raise ScanError(Code.NON_FINITE, f"{one.scan.scan_id}: the network answered with what is no number")
+        return found
+
+    def _drawn_here(self, one: Loaded, probability: Tensor) -> Drawn | None:
+        """On a CPU: most of a volume is background, which is only gone over once. None where an answer is no number."""
         if not math.isfinite(float(probability.sum())):
-            raise ScanError(Code.NON_FINITE, f"{scan.scan_id}: the network answered with what is no number")
-        threshold, smallest = self.settings.threshold, self.settings.smallest_component
-        assert isinstance(threshold, float), "`resolved` comes before"
-        assert smallest != "chosen", "`resolved` comes before"
-        painted = self.drop_components(self._painted(probability, threshold), smallest)
-        head = torch.from_numpy(_head(scan, self.card.modalities)).to(probability.device)
+            return None
+        painted = self._without_small(self._painted(probability, self._threshold))
         box = occupied(painted)  # nothing else is in any mask
-        kept = torch.from_numpy(label_map(self.card.label_map).masks(painted[box], self.card.regions)).to(probability.device)
-        inside, entropies = zip(probability[:, *box], kept, strict=True), _mean_entropies(probability, head)
-        trust = tuple(_trust(p, m, head[box], e) for (p, m), e in zip(inside, entropies, strict=True))
-        return Prediction(uncrop(painted, scan.grid, scan.box), trust, 0.0)
+        kept = label_map(self.card.label_map).masks(painted[box], self.card.regions)
+        head = trust.head_of(one.crop.array, one.background)
+        return painted, trust.figures(probability, torch.from_numpy(kept), torch.from_numpy(head), box)
+
+    def _drawn_there(self, one: Loaded, probability: Tensor) -> Drawn | None:
+        """On a GPU: all of it is done there, and a byte a voxel comes home with a few figures."""
+        meaning = label_map(self.card.label_map)
+        over = probability > self._threshold
+        painted = trust.painted_there(over, meaning, self.card.regions)
+        if self.settings.smallest_component not in (0, 1):
+            home = self._without_small(painted.cpu().numpy())
+            painted = torch.from_numpy(home).to(painted.device)
+        masks = trust.masks_there(painted, meaning, self.card.regions)
+        figures = trust.figures_there(probability, masks, trust.head_there(one.crop.tensor(), one.background))
+        return None if figures is None else (painted.cpu().numpy(), figures)
+
+    @property
+    def _threshold(self) -> float:
+        assert isinstance(self.settings.threshold, float), "`resolved` comes before"
+        return self.settings.threshold
+
+    def _without_small(self, painted: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        assert self.settings.smallest_component != "chosen", "`resolved` comes before"
+        return self.drop_components(painted, self.settings.smallest_component)
 
     def _painted(self, probability: Tensor, threshold: float) -> NDArray[np.uint8]:
         """`paint` for volumes `(R, D, h, w)`, of which most is background: it is only gone over once."""
@@ -134,37 +204,40 @@ class Model(Segmenter):
         self.card = card
         self.fingerprint = fingerprint
         self.device = device
+        self.uploads = Uploads(device)
         self.settings = settings
         self.memory_format = network.memory_format
         self.network: UNet = self._ready(network)
         self.precise: UNet | None = None
         if inference_dtype(settings.precision, device) == torch.bfloat16:
             self.network, self.precise = self._ready(in_bf16(network)), self.network
-        self.pixels_per_forward = PIXELS_PER_FORWARD[device.type]
+        self.pixels_per_forward = PIXELS_PER_FORWARD if device.type == "cpu" else PIXELS_PER_FORWARD_ON_A_GPU
 
     def _ready(self, network: UNet) -> UNet:
         ready: UNet = network.eval().to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         return ready
 
-    def probabilities(self, scans: Sequence[Scan], patients: Patients = None) -> Iterator[Tensor]:
-        """Yield each scan's region probabilities `(R, D, h, w)` on its crop in canonical orientation, one scan at a time.
+    def ways(self) -> set[Shown]:
+        return {self.shown}
 
-        Raises ScanError MISSING_MODALITY, before the first, when a scan lacks what the network needs.
-        """
-        context = self.card.network.context_slices
-        plans = [plan_scan(s, self.card.modalities, self.card.prepare, context) for s in scans]
-        for scan, plan, answer in zip(scans, plans, self._answers(scans, plans), strict=True):
-            _, height, width = _crop_shape(scan)
+    @property
+    def shown(self) -> Shown:
+        """How this network sees scans."""
+        return self.card.prepare, self.card.network.context_slices
+
+    def answers(self, loaded: Sequence[Loaded], patients: Patients = None) -> Iterator[Tensor]:
+        """Yield each scan's region probabilities `(R, D, h, w)` on its crop in canonical orientation, one scan at a time."""
+        for one, answer in zip(loaded, self._answers(loaded), strict=True):
             with torch.inference_mode():
-                probability = native_probabilities(answer.transpose(0, 1), plan, height, width)
+                probability = native_probabilities(answer.transpose(0, 1), one.plans[self.shown], *one.crop.array.shape[2:])
             yield probability
 
-    def _answers(self, scans: Sequence[Scan], plans: Sequence[Plan]) -> Iterable[Tensor]:
+    def _answers(self, loaded: Sequence[Loaded]) -> Iterable[Tensor]:
         """Each scan's region probabilities `(D, R, S, S)` on the model grid: slices together, or volumes one by one."""
         if self.card.prepare.patch is not None:
-            return (self._slid(scan, plan, self.card.prepare.patch) for scan, plan in zip(scans, plans, strict=True))
+            return (self._slid(one, self.card.prepare.patch) for one in loaded)
         with torch.inference_mode():
-            stacks = [self._slices(scan, plan) for scan, plan in zip(scans, plans, strict=True)]
+            stacks = [self._slices(one) for one in loaded]
             together = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
             answers = torch.split(self._forward(together), [len(s) for s in stacks])
             return [self._decided(stack, answer) for stack, answer in zip(stacks, answers, strict=True)]
@@ -173,17 +246,16 @@ class Model(Segmenter):
         """A scan's answer `(D, R, S, S)` with what bf16 may have decided answered by float32."""
         if self.precise is None:
             return answer
-        assert isinstance(self.settings.threshold, float), "`resolved` comes before"
-        return decided(answer, self.settings.threshold, lambda numbers: self._forward(slices[numbers], self.precise))
+        return decided(answer, self._threshold, lambda numbers: self._forward(slices[numbers], self.precise))
 
     @torch.inference_mode()
-    def _slid(self, scan: Scan, plan: Plan, patch: Patch) -> Tensor:
+    def _slid(self, one: Loaded, patch: Patch) -> Tensor:
         together = max(1, self.pixels_per_forward // math.prod(patch))
-        return slide(self._slices(scan, plan), patch, len(self.card.regions), self._forward, together)
+        return slide(self._slices(one), patch, len(self.card.regions), self._forward, together)
 
-    def _slices(self, scan: Scan, plan: Plan) -> Tensor:
-        crop, _ = select_modalities(scan, self.card.modalities)
-        slices = model_slices(to_tensor(crop, self.device).transpose(0, 1), plan)
+    def _slices(self, one: Loaded) -> Tensor:
+        plan = one.plans[self.shown]
+        slices = model_slices(one.crop.tensor().transpose(0, 1), plan)
         return stack_context(slices, range(len(slices)), plan.context)
 
     def _forward(self, slices: Tensor, network: UNet | None = None) -> Tensor:
@@ -217,63 +289,6 @@ class Model(Segmenter):
             mirrored = torch.sigmoid(network(chunk.flip(-1)).float()).flip(-1)
             probability = (probability + mirrored) / 2
         return probability
-
-
-def _crop_shape(scan: Scan) -> tuple[int, int, int]:
-    box, _ = canonical_box(scan.grid, scan.box)
-    (a, b), (c, d), (e, f) = box
-    return b - a, d - c, f - e
-
-
-def _head(scan: Scan, modalities: Sequence[str]) -> NDArray[np.bool_]:
-    """Voxels `(D, h, w)` of the canonical crop where any modality shows something."""
-    crop, background = select_modalities(scan, modalities)
-    head = np.zeros(crop.shape[1:], np.bool_)
-    if crop.dtype.kind in "iu" and not any(background):
-        return np.not_equal(np.bitwise_or.reduce(crop, axis=0), 0, out=head)
-    for volume, empty in zip(crop, background, strict=True):
-        head |= volume != empty
-    return head
-
-
-def _trust(probability: Tensor, mask: Tensor, head: Tensor, entropy: float | None) -> dict[str, float | None]:
-    """Label-free figures of one region: how sure inside the mask, how undecided over the head, how much outside it."""
-    inside = int(torch.count_nonzero(mask))
-    return {
-        "mean_probability": float(probability[mask].mean()) if inside else None,
-        "mean_entropy": entropy,
-        "outside_head_fraction": int(torch.count_nonzero(mask & ~head)) / inside if inside else None,
-    }
-
-
-def _mean_entropies(probability: Tensor, head: Tensor) -> list[float | None]:
-    """Mean binary entropy in bits over the head `(D, h, w)`, of each region of `(R, D, h, w)`; None without a head."""
-    return [_mean_entropy(_under(head, volume)) for volume in probability] if head.any() else [None] * len(probability)
-
-
-def _under(mask: Tensor, volume: Tensor) -> Tensor:
-    """Values `(n,)` of a volume where a mask is; on a CPU numpy takes a fifth of torch's time."""
-    return volume[mask] if volume.is_cuda else torch.from_numpy(volume.numpy()[mask.numpy()])
-
-
-def _mean_entropy(probability: Tensor) -> float:
-    """Of probabilities `(n,)`, read off a table: two logarithms of each take twice as long.
-
-    A float16 of 11 bits is near enough for how far a probability is from 0 or 1, whichever is nearer.
-    """
-    table, total = _entropies().to(probability.device), torch.zeros((), dtype=torch.float64, device=probability.device)
-    for p in torch.split(probability, len(probability) if probability.is_cuda else ENTROPIES_TOGETHER):
-        doubt = torch.minimum(p, 1 - p).clamp_(0).half()
-        total += table.index_select(0, doubt.view(torch.int16).int()).sum()
-    return float(total) / len(probability)
-
-
-@functools.cache
-def _entropies() -> Tensor:
-    """Binary entropy in bits of each float16 from 0 to 1/2, in the order of their bit patterns."""
-    p = torch.arange(torch.tensor(0.5, dtype=torch.float16).view(torch.int16).item() + 1, dtype=torch.int16)
-    p = p.view(torch.float16).double().clamp_(ALMOST_SURE)
-    return -(p * p.log2() + (1 - p) * (1 - p).log2()).float()
 
 
 def save_model(uri: str, card: ModelCard, weights: dict[str, Tensor]) -> ModelCard:

@@ -180,13 +180,6 @@ def _square(rows: tuple[int, int], columns: tuple[int, int], aspect: float, marg
     return top, left, height, width
 
 
-def to_tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Move an array to the device in its stored type; it becomes float there."""
-    if array.dtype in (np.uint16, np.uint32):
-        array = array.astype(np.int64 if array.dtype == np.uint32 else np.int32)
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
 def gather_context(crop: NDArray[Any], indices: Sequence[int], context: int) -> NDArray[Any]:
     """Stack slices with their neighbours: `(N, (2*context+1)*C, h, w)`, stored type; the ends repeat their slice."""
     stacked = crop[:, _neighbours(indices, context, crop.shape[1])]  # (C, N, K, h, w)
@@ -239,7 +232,7 @@ def _above(part: Tensor, base: Tensor, low: Tensor, high: Tensor) -> Tensor:
     Looking for the extremes of integers takes a third of the time that clipping them as floats does; a GPU would be waited for.
     """
     floats = torch.empty(part.shape, device=part.device).copy_(part)  # slice by slice, however the scan lay
-    if part.is_cuda or _any_beyond(part, low, high):
+    if not part.is_cpu or _any_beyond(part, low, high):
         return torch.clamp(floats, low, high, out=floats).sub_(base)
     return floats.sub_(base) if base.any() else floats
 
@@ -275,7 +268,7 @@ def native_probabilities(probability: Tensor, plan: Plan, height: int, width: in
 
 def slices_together(volumes: Tensor) -> int:
     """How many slices of `(C, D, ...)` are worked on at once, so that a CPU's caches hold them; on a GPU all."""
-    return volumes.shape[1] if volumes.is_cuda else max(1, VOXELS_IN_CACHE * volumes.shape[1] // max(1, volumes.numel()))
+    return max(1, VOXELS_IN_CACHE * volumes.shape[1] // max(1, volumes.numel())) if volumes.is_cpu else volumes.shape[1]
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ import struct
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -28,7 +30,7 @@ from brainseg.config import SegmentConfig
 from brainseg.errors import Code, ScanError, StorageError
 from brainseg.geometry import Grid
 from brainseg.masks import encode_mask
-from brainseg.model import Prediction, Segmenter
+from brainseg.model import OnDevice, Prediction, Segmenter
 from brainseg.runs import content_tag
 from brainseg.scans import Scan, load_scan
 from brainseg.scoring import score_regions, with_trust
@@ -41,6 +43,10 @@ VOXELS_TOGETHER = 24_000_000
 """Scans share forward batches until their crops hold this many voxels: keeps memory flat whatever a part's size."""
 INTENSITY_VOXELS = 200_000
 """How bright a scan is, is taken from about so many voxels: a mean needs no more."""
+
+LENGTH = struct.Struct("<Q")
+ALIGNED = 64
+"""Arrays begin at a multiple of so many bytes, as Arrow's buffers do."""
 
 Row = Mapping[str, Any]
 
@@ -133,23 +139,26 @@ def decode(row: Row, *, with_label: bool, limit: TimeLimit | None = None, fetche
     return replace(work, seconds_decode=time.perf_counter() - started)
 
 
-def predict(model: Segmenter, works: Sequence[Work]) -> list[Work]:
-    """Segment scans together; if that fails, one by one, so that only the guilty fails."""
+def predict(model: Segmenter, works: Sequence[Work], on_device: OnDevice = nullcontext) -> list[Work]:
+    """Segment scans together; if that fails, one by one, so that only the guilty fails.
+
+    What the model's device does for them happens inside `on_device()`, each time that it is tried.
+    """
     ready = [w for w in works if w.scan is not None]
     try:
         scans, whose = [w.scan for w in ready if w.scan is not None], [w.row["patient_id"] for w in ready]
-        answers = iter(model.predict(scans, whose)) if ready else iter(())
+        answers = iter(model.predict(scans, whose, on_device)) if ready else iter(())
     except Exception:  # noqa: BLE001  whoever caused it is found, and named, by trying each scan alone
         if len(works) > 1:
-            return [one for w in works for one in predict(model, [w])]
-        return [_predict_alone(model, works[0])]
+            return [one for w in works for one in predict(model, [w], on_device)]
+        return [_predict_alone(model, works[0], on_device)]
     return [replace(w, prediction=(p := next(answers)), seconds_predict=p.seconds) if w.scan is not None else w for w in works]
 
 
-def _predict_alone(model: Segmenter, work: Work) -> Work:
+def _predict_alone(model: Segmenter, work: Work, on_device: OnDevice) -> Work:
     def call() -> Work:
         assert work.scan is not None
-        answer = model.predict([work.scan], [work.row["patient_id"]])[0]
+        answer = model.predict([work.scan], [work.row["patient_id"]], on_device)[0]
         return replace(work, prediction=answer, seconds_predict=answer.seconds)
 
     done = guarded("predict", work.row["scan_id"], call, work.row)
@@ -239,10 +248,10 @@ def in_groups(works: Iterable[Work]) -> Iterator[list[Work]]:
         yield group
 
 
-def pack(work: Work) -> bytes:
-    """A Work without its manifest row as bytes: a JSON header, then the raw arrays. Undone by `unpack`."""
+def pack(work: Work) -> pa.Buffer:
+    """A Work without its manifest row as bytes: a JSON header, then the raw arrays, each copied once. Undone by `unpack`."""
     scan, prediction = work.scan, work.prediction
-    arrays = [] if scan is None else [scan.image, *([scan.label] if scan.label is not None else [])]
+    arrays: list[NDArray[Any]] = [] if scan is None else [scan.image, *([scan.label] if scan.label is not None else [])]
     arrays += [prediction.label] if prediction is not None else []
     head = {
         "failure": work.failure.__dict__ if work.failure else None,
@@ -252,7 +261,35 @@ def pack(work: Work) -> bytes:
         "prediction": None if prediction is None else {"trust": prediction.trust, "seconds": prediction.seconds},
     }
     text = json.dumps(head).encode()
-    return b"".join([struct.pack("<Q", len(text)), text, *(np.ascontiguousarray(a).tobytes() for a in arrays)])
+    text = text.ljust(-(-(LENGTH.size + len(text)) // ALIGNED) * ALIGNED - LENGTH.size)
+    offset = LENGTH.size + len(text)
+    buffer = pa.allocate_buffer(offset + sum(a.nbytes for a in arrays))
+    room = np.frombuffer(buffer, np.uint8)
+    room[:offset] = np.frombuffer(LENGTH.pack(len(text)) + text, np.uint8)
+    for array in arrays:
+        np.copyto(np.frombuffer(buffer, array.dtype, array.size, offset).reshape(array.shape), array)
+        offset += array.nbytes
+    return buffer
+
+
+def column(packed: Iterable[pa.Buffer]) -> pa.ChunkedArray:
+    """Packed works as a column of large binaries, where they are."""
+    kind = pa.large_binary()
+    chunks = [pa.Array.from_buffers(kind, 1, [None, _ends(buffer.size), buffer]) for buffer in packed]
+    return pa.chunked_array(chunks, kind)
+
+
+def values(packed: pa.ChunkedArray) -> Iterator[pa.Buffer]:
+    """The bytes of a `column`, where they are; pyarrow itself would copy each."""
+    for chunk in packed.chunks:
+        _, ends, data = chunk.buffers()
+        places = np.frombuffer(ends, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        yield from (data.slice(begin, end - begin) for begin, end in pairwise(places))
+
+
+def _ends(size: int) -> pa.Buffer:
+    """Where the one value of an Arrow array of binaries begins and ends."""
+    return pa.py_buffer(np.array([0, size], np.int64))
 
 
 def _describe(scan: Scan) -> dict[str, Any]:
@@ -261,11 +298,11 @@ def _describe(scan: Scan) -> dict[str, Any]:
     return {**plain, "shape": scan.grid.shape, "affine": scan.grid.affine, "labelled": scan.label is not None}
 
 
-def unpack(data: bytes, row: Row) -> Work:
+def unpack(data: pa.Buffer, row: Row) -> Work:
     """Undo `pack`; arrays are views into the bytes."""
-    (length,) = struct.unpack_from("<Q", data)
-    head = json.loads(data[8 : 8 + length])
-    arrays, offset = [], 8 + length
+    (length,) = LENGTH.unpack_from(data)
+    offset = LENGTH.size + length
+    head, arrays = json.loads(data[LENGTH.size : offset].to_pybytes()), []
     for kind, shape in head["arrays"]:
         size = int(np.prod(shape))
         arrays.append(np.frombuffer(data, np.dtype(kind), size, offset).reshape(shape))

@@ -8,6 +8,8 @@ survives the death of the process: see `inflight`.
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -84,10 +86,10 @@ def decode_block(block: pa.Table, job: Job) -> pa.Table:
     with _meters(job).holding(len(rows), "decode"):
         flight = _flight("decode", rows, job)
         if flight.begin():
-            works = [_alone(flight, "decode", row, functools.partial(_decode, row, job)) for row in rows]
+            works: Iterator[Work] = (_alone(flight, "decode", r, functools.partial(_decode, r, job)) for r in rows)
         else:
-            works = list(_decoded(rows, job))
-        packed = pa.array([stages.pack(w) for w in works], pa.large_binary())
+            works = _decoded(rows, job)
+        packed = stages.column(map(stages.pack, works))
         flight.end()
     return block.append_column("work", packed)
 
@@ -114,24 +116,21 @@ class Forward:
             if flight.begin():
                 done: Iterator[Work] = (self._alone(work, flight, turn) for work in works)
             else:
-                done = _predicted(works, functools.partial(self._predict, turn))
-            packed = pa.array(map(stages.pack, done), pa.large_binary())
+                done = _predicted(works, functools.partial(stages.predict, self.model, on_device=lambda: self._network(turn)))
+            packed = stages.column(stages.pack(replace(work, scan=None)) for work in done)  # it stands in `work`
             flight.end()
         with turn:
             _meters(self.job).tell("brainseg_device_busy_share", self.busy.look())
-        return block.drop_columns(["work"]).append_column("work", packed)
+        return block.append_column("answer", packed)
 
-    def _predict(self, turn: Turn, works: Sequence[Work]) -> list[Work]:
+    @contextmanager
+    def _network(self, turn: Turn) -> Iterator[None]:
         with turn, self.busy.inside():
-            return stages.predict(self.model, works)
+            yield
 
     def _alone(self, work: Work, flight: Flight, turn: Turn) -> Work:
-        def answered() -> Work:
-            with self.busy.inside():
-                return stages.predict(self.model, [work])[0]
-
         with turn:
-            return _alone(flight, "predict", work.row, answered)
+            return _alone(flight, "predict", work.row, lambda: stages.predict(self.model, [work], self.busy.inside)[0])
 
 
 def finish_block(block: pa.Table, job: Job) -> pa.Table:
@@ -210,9 +209,19 @@ def _predicted(works: Iterable[Work], predict: Callable[[list[Work]], list[Work]
 
 
 def _unpacked(block: pa.Table) -> tuple[list[Row], Iterator[Work]]:
-    """The manifest rows of a block, and their works, of which each is unpacked when its turn comes."""
-    rows = block.drop_columns(["work"]).to_pylist()
-    return rows, (stages.unpack(data.as_py(), row) for data, row in zip(block["work"], rows, strict=True))
+    """The manifest rows of a block, and their works, of which each is unpacked, answered if there are answers, in its turn."""
+    columns = [stages.values(block[name]) for name in ("work", "answer") if name in block.column_names]
+    rows: list[Row] = block.drop_columns(["work", "answer"][: len(columns)]).to_pylist()
+    return rows, (_joined(row, *packed) for row, *packed in zip(rows, *columns, strict=True))
+
+
+def _joined(row: Row, work: pa.Buffer, answer: pa.Buffer | None = None) -> Work:
+    """A packed work, with what a network made of it."""
+    decoded = stages.unpack(work, row)
+    if answer is None:
+        return decoded
+    answered = stages.unpack(answer, row)
+    return replace(answered, scan=decoded.scan if answered.failure is None else None)
 
 
 def _written(job: Job, rows: Sequence[Row]) -> pa.Table:

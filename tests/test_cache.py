@@ -15,8 +15,9 @@ from brainseg.cache import Entry, SampleSet, region_bits, write_shard
 from brainseg.config import NetworkConfig, PrepareConfig
 from brainseg.errors import Code, ScanError
 from brainseg.geometry import to_canonical
-from brainseg.prepare import gather_context, model_masks, model_slices, plan_scan, select_modalities, to_tensor
+from brainseg.prepare import gather_context, model_masks, model_slices, plan_scan, select_modalities
 from brainseg.regions import label_map
+from brainseg.uploads import to_tensor
 
 CONTEXT = tiny_config(network=NetworkConfig(widths=(8, 8), norm="group", context_slices=1))
 

@@ -16,7 +16,7 @@ LAYERS = """
     errors environment
     regions geometry storage spill tables config versions hardware time_limit turns outlines
     events progress telemetry observe heartbeat loggers watch
-    unet losses presets precision
+    unet losses presets precision uploads trust
     formats surfaces lesions postprocess metrics aggregate averaging comparison
     contrasts layouts ahead readers scans prepare thumbnails masks augment sliding cache patches
     weights shipped

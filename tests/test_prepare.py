@@ -25,9 +25,9 @@ from brainseg.prepare import (
     plan_scan,
     select_modalities,
     stack_context,
-    to_tensor,
     uncrop,
 )
+from brainseg.uploads import to_tensor
 
 BOTH = ("flair", "t1c")
 orders = st.sampled_from(["LPS", "RAS", "ASR", "SPL", "LIP"])

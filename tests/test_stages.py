@@ -27,7 +27,7 @@ from brainseg.metrics import score_scan
 from brainseg.model import Prediction
 from brainseg.regions import label_map
 from brainseg.runs import content_tag
-from brainseg.stages import Failure, Job, Work, decode, finish, guarded, in_groups, pack, predict, unpack
+from brainseg.stages import Failure, Job, Work, column, decode, finish, guarded, in_groups, pack, predict, unpack, values
 from brainseg.tables import SCANS
 from brainseg.time_limit import TimeLimit
 
@@ -312,6 +312,23 @@ class TestPacking:
             assert np.array_equal(back.prediction.label, work.prediction.label)
             assert back.prediction.trust == work.prediction.trust
             assert back.prediction.seconds == work.prediction.seconds
+
+    def test_arrays_are_copied_once_and_begin_where_arrows_do(self):
+        packed = [pack(work) for work in PACKED.values()]
+        for column_of in (column(packed), column(packed[2:])):
+            assert [value.address for value in values(column_of)] == [b.address for b in packed[len(packed) - len(column_of) :]]
+        for value, work in zip(values(column(packed)), PACKED.values(), strict=True):
+            if work.scan is not None:
+                place = unpack(value, work.row).scan.image.ctypes.data
+                assert place % 64 == 0
+                assert 0 < place - value.address < value.size
+
+    @pytest.mark.parametrize("begin", [0, 1, 3])
+    def test_a_column_may_have_been_put_together_and_cut(self, begin):
+        packed = [pack(work) for work in PACKED.values()]
+        whole = pa.chunked_array([column(packed).combine_chunks(), *column(packed).chunks])
+        found = [value.to_pybytes() for value in values(whole.slice(begin, 9))]
+        assert found == [buffer.to_pybytes() for buffer in (packed * 2)[begin : begin + 9]]
 
     def test_a_packed_scan_is_segmented_as_it_was(self, model):
         work = Work(make_row(), make_scan(order="RAS"))

@@ -10,7 +10,7 @@ from slow_network import actor, block, late
 
 from brainseg import inflight, stages
 from brainseg.stages import Work
-from brainseg.workers import BLOCKS_AT_ONCE, _predicted
+from brainseg.workers import BLOCKS_AT_ONCE, _predicted, _unpacked
 
 
 def name_of(work):
@@ -57,6 +57,23 @@ class TestForward:
             assert [a["scan_id"].to_pylist() for a in answers] == [b["scan_id"].to_pylist() for b in blocks]
         assert taken[BLOCKS_AT_ONCE] < 0.7 * taken[1]
         assert forward.model.most == 1
+
+    def test_what_comes_before_the_network_does_not_keep_it_waiting(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(stages, "VOXELS_TOGETHER", 1)
+        forward = actor(str(tmp_path), scan_s=0.02, before_s=0.02)
+        started = time.perf_counter()
+        with ThreadPoolExecutor(BLOCKS_AT_ONCE) as pool:
+            list(pool.map(forward, [block(number) for number in range(9)]))
+        assert time.perf_counter() - started < 0.75 * 36 * (0.02 + 0.02)
+        assert forward.model.most == 1
+
+    def test_what_was_decoded_goes_on_as_it_is(self, forward):
+        given = block(0)
+        answered = forward(given)
+        assert answered["work"].chunks[0].buffers()[2].address == given["work"].chunks[0].buffers()[2].address
+        assert [a.row["scan_id"] for a in _unpacked(answered)[1]] == given["scan_id"].to_pylist()
+        for work in _unpacked(answered)[1]:
+            assert work.prediction.label.shape == work.scan.grid.shape
 
     def test_what_is_touched_alone_has_the_process_to_itself(self, forward, tmp_path, monkeypatch):
         """Were two scans noted at once, the one would be blamed for what the other does."""

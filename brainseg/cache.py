@@ -36,6 +36,9 @@ from brainseg.uploads import to_tensor
 
 MEMORY_BUDGET_BYTES = 4 << 30
 """Prepared slices are kept in a worker's memory up to this much."""
+SHARE_OF_A_GPU = 0.25
+"""They are kept in a GPU's own memory up to this share of what is free there: then nothing of an epoch waits for copies."""
+CPU = torch.device("cpu")
 MASK_SCALE = 255
 
 
@@ -124,7 +127,14 @@ def write_shard(scans: Sequence[tuple[Scan, str]], uri: str, config: TrainConfig
 class SampleSet:
     """All slices of a training set, by number, as the network eats them."""
 
-    def __init__(self, entries: Sequence[Entry], num_regions: int, memory_bytes: int = MEMORY_BUDGET_BYTES) -> None:
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        num_regions: int,
+        memory_bytes: int = MEMORY_BUDGET_BYTES,
+        device: torch.device = CPU,
+    ) -> None:
+        """`device`: where batches will be asked for."""
         if not entries:
             raise ValueError("a sample set needs at least one scan")
         self.entries = list(entries)
@@ -140,6 +150,8 @@ class SampleSet:
         self._masks: Tensor | None = None
         if self._prepared_bytes() <= memory_bytes:
             self._hold()
+            if self._prepared_bytes() <= SHARE_OF_A_GPU * free_bytes(device):
+                self._images, self._masks = (x if x is None else x.to(device) for x in (self._images, self._masks))
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -153,8 +165,8 @@ class SampleSet:
         context = self.entries[0].plan.context
         wanted = numbers[:, None] + np.arange(-context, context + 1)[None, :]
         wanted = np.clip(wanted, self.first[scan][:, None], self.first[scan + 1][:, None] - 1)
-        images = self._images[torch.from_numpy(wanted)].to(device)  # (B, K, C, S, S)
-        masks = self._masks[torch.from_numpy(numbers)].to(device)
+        images = _picked(self._images, wanted).to(device)  # (B, K, C, S, S)
+        masks = _picked(self._masks, numbers).to(device)
         return images.flatten(1, 2).float(), masks.float() / MASK_SCALE
 
     def mask(self, scan: int, number: int) -> Tensor:
@@ -170,9 +182,8 @@ class SampleSet:
         if self._images is None or self._masks is None:
             images, masks = self._prepare(scan, [int(n) for n in slices], context=0)
         else:
-            wanted = torch.from_numpy(slices + self.first[scan])
-            images, masks = self._images[wanted], self._masks[wanted]
-        images, masks = (x[:, :, torch.from_numpy(rows)][..., torch.from_numpy(columns)] for x in (images, masks))
+            images, masks = (_picked(x, slices + self.first[scan]) for x in (self._images, self._masks))
+        images, masks = (_picked(_picked(x, rows, 2), columns, 3) for x in (images, masks))
         return images, masks if masks.is_floating_point() else masks.float() / MASK_SCALE
 
     def _prepared_bytes(self) -> int:
@@ -196,8 +207,7 @@ class SampleSet:
         crop, bits = self._voxels(entry)
         raw = gather_context(crop, slices, entry.plan.context if context is None else context)
         planes = np.stack([(bits[list(slices)] >> r) & 1 for r in range(self.num_regions)], axis=1)
-        cpu = torch.device("cpu")
-        return model_slices(to_tensor(raw, cpu), entry.plan), model_masks(to_tensor(planes, cpu).float(), entry.plan)
+        return model_slices(to_tensor(raw, CPU), entry.plan), model_masks(to_tensor(planes, CPU).float(), entry.plan)
 
     def _voxels(self, entry: Entry) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         """Views into the shard: crop `(C, D, h, w)` and region bits `(D, h, w)`."""
@@ -211,6 +221,16 @@ class SampleSet:
         if entry.shard not in self._maps:
             self._maps[entry.shard] = np.memmap(local_copy(entry.shard, entry.digest), np.uint8, mode="r")
         return self._maps[entry.shard]
+
+
+def _picked(x: Tensor, numbers: NDArray[np.int64], axis: int = 0) -> Tensor:
+    """What has these numbers along an axis, where the tensor is."""
+    return x[(slice(None),) * axis + (torch.from_numpy(numbers).to(x.device),)]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU; nothing of a CPU's, where everything is already."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
 
 
 def _aligned(entry: Entry) -> bool:

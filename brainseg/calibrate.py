@@ -3,7 +3,9 @@
 On a cluster that happens in a task of the size of an actor; on one machine in the driver itself, without a cluster.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -43,15 +45,23 @@ def measure(rows: Sequence[Row], job: Job) -> Costs | None:
 def _cost(row: Row, job: Job, model: Segmenter) -> Costs | None:
     work = stages.decode(row, with_label=job.settings.score)
     size = 0.0 if work.scan is None else float(work.scan.image.nbytes)
-    work = stages.predict(model, [work])[0]
+    spent: list[float] = []
+    work = stages.predict(model, [work], lambda: _timed(spent))[0]
     done = stages.finish(work, job)
     if done["status"] != "ok":
         return None
-    return Costs(1, done["seconds_decode"], done["seconds_predict"], done["seconds_finish"], size)
+    return Costs(1, done["seconds_decode"], done["seconds_predict"], done["seconds_finish"], size, sum(spent))
+
+
+@contextmanager
+def _timed(spent: list[float]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    spent.append(time.perf_counter() - began)
 
 
 def _mean(found: Sequence[Costs]) -> Costs | None:
     if not found:
         return None
-    names = ("decode_s", "predict_s", "finish_s", "voxel_bytes")
+    names = ("decode_s", "predict_s", "finish_s", "voxel_bytes", "device_s")
     return Costs(len(found), *(sum(getattr(c, name) for c in found) / len(found) for name in names))

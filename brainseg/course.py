@@ -51,8 +51,9 @@ def worker_loop(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
     card = ModelCard.model_validate(job["card"])
     body = storage.read_json(storage.join(job["work"], "index.json"))
-    samples = cache.SampleSet([cache.Entry.from_json(e) for e in body], len(card.regions))
-    learner = learn.make_learner(card.train, len(samples), ray.train.torch.get_device(), worker)
+    device = ray.train.torch.get_device()
+    samples = cache.SampleSet([cache.Entry.from_json(e) for e in body], len(card.regions), device=device)
+    learner = learn.make_learner(card.train, len(samples), device, worker)
     if card.pretrained:
         learn.begin_with(learner, _pretrained(job["work"]))
     Course(job["work"], card, learner, samples).run()

@@ -24,7 +24,7 @@ from brainseg.config import PrepareConfig, SegmentConfig
 from brainseg.errors import Code, PreflightError, ScanError, StorageError
 from brainseg.geometry import occupied
 from brainseg.postprocess import Smallest, drop_components
-from brainseg.precision import decided, in_bf16, inference_dtype
+from brainseg.precision import decided, exact_float32, in_bf16, inference_dtype
 from brainseg.prepare import (
     Plan,
     model_slices,
@@ -201,6 +201,7 @@ class Model(Segmenter):
 
     def __init__(self, card: ModelCard, network: UNet, fingerprint: str, device: torch.device, settings: SegmentConfig) -> None:
         """A float32 network becomes one in bf16 where settings and device ask for it, and stays at hand for its doubts."""
+        exact_float32()
         self.card = card
         self.fingerprint = fingerprint
         self.device = device

@@ -19,6 +19,10 @@ BLOCK_BYTES = 256 << 20
 """Decoded voxels that travel together between processes, where they do."""
 DECODE_CPUS, FINISH_CPUS = 0.5, 0.25
 """Reservations of the tasks around a GPU. Unequal, or Ray would fuse them; small, since half of their time is waiting."""
+BLOCKS_AT_ONCE = 3
+"""Blocks that a process with a GPU works on: one has the network, the others what is before and after it. In a mock-up
+(`tests/bench/slow_notes.py`) of blocks of 8 scans, 10 ms of network a scan and a store that answers three times a block after
+50 ms, the network had work for 0.30 of the time with one block, for 0.61 with two and for 0.82 with three or four."""
 HEADROOM = 1.5
 """Decode tasks beyond those that would keep the GPUs busy if every scan took as long as the measured ones."""
 
@@ -32,10 +36,17 @@ class Costs:
     predict_s: float
     finish_s: float
     voxel_bytes: float
+    device_s: float | None = None
+    """What of `predict_s` happens on the network's device, where others wait for it; None: all of it."""
 
     @property
     def total_s(self) -> float:
         return self.decode_s + self.predict_s + self.finish_s
+
+    @property
+    def apart_s(self) -> float:
+        """From one scan to the next in a process that has the network alone and works on several blocks."""
+        return self.predict_s if self.device_s is None else max(self.device_s, self.predict_s / BLOCKS_AT_ONCE)
 
     def describe(self) -> str:
         """For a person."""
@@ -93,7 +104,7 @@ class Plan:
 
     @property
     def _network_pace(self) -> float:
-        return math.inf if self.costs is None else self.actors / max(self.costs.predict_s, 1e-9)
+        return math.inf if self.costs is None else self.actors / max(self.costs.apart_s, 1e-9)
 
     @property
     def _cpu_pace(self) -> float:
@@ -133,7 +144,7 @@ def _decode_tasks(mode: Mode, actors: int, around: float, costs: Costs | None) -
     """Enough that the network never waits, and no more: other jobs, and the metrics, want CPUs too."""
     if mode == "fused" or costs is None:
         return None
-    needed = math.ceil(HEADROOM * actors * costs.decode_s / max(costs.predict_s, 1e-9))
+    needed = math.ceil(HEADROOM * actors * costs.decode_s / max(costs.apart_s, 1e-9))
     return max(1, min(needed, int(around / DECODE_CPUS)))
 
 

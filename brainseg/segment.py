@@ -28,13 +28,13 @@ from brainseg.ensemble import Members, find_members, refuse_unanswered
 from brainseg.errors import FailureLimitError, PreflightError, StorageError, UsageError
 from brainseg.lease import Lease, refuse_if_held
 from brainseg.observe import Ear, Onlookers
-from brainseg.plan import DECODE_CPUS, FINISH_CPUS, Costs, Plan, describe_forecast, forecast, make_plan, mode_of
+from brainseg.plan import BLOCKS_AT_ONCE, DECODE_CPUS, FINISH_CPUS, Costs, Plan, describe_forecast, forecast, make_plan, mode_of
 from brainseg.progress import Progress
 from brainseg.session import Cluster, await_room, connect, joins_cluster, lifeline, plain_words, this_machine
 from brainseg.stages import Job
 from brainseg.verify import verify_run as verify_run
 from brainseg.versions import versions
-from brainseg.workers import BLOCKS_AT_ONCE, Forward, WholeWay, decode_block, finish_block
+from brainseg.workers import Forward, WholeWay, decode_block, finish_block
 
 STANDSTILL_S = 600.0
 """Beyond what a whole part may take, a job in which nothing moves for this long is ended: Ray would wait in silence."""

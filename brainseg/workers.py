@@ -25,11 +25,6 @@ from brainseg.telemetry import BusyShare, Meters
 from brainseg.time_limit import TimeLimit
 from brainseg.turns import Turn, Turns
 
-BLOCKS_AT_ONCE = 3
-"""Blocks that a process with a GPU works on: one has the network, the others what is before and after it. In a mock-up
-(`tests/bench/slow_notes.py`) of blocks of 8 scans, 10 ms of network a scan and a store that answers three times a block after
-50 ms, the network had work for 0.30 of the time with one block, for 0.61 with two and for 0.82 with three or four."""
-
 RECEIPT = pa.schema(
     [
         ("part", pa.string()),
@@ -97,9 +92,9 @@ def decode_block(block: pa.Table, job: Job) -> pa.Table:
 class Forward:
     """An actor that holds the network and nothing else.
 
-    Ray calls it in `BLOCKS_AT_ONCE` threads. One of them has the network; the others unpack, pack, or wait for the store
-    that their notes go to, so that a GPU does not. A scan that is tried alone has the network as long as its note is there:
-    no other scan of this process could then be blamed for its death.
+    Ray calls it in several threads (`plan.BLOCKS_AT_ONCE`). One of them has the network; the others prepare what comes next
+    and send it ahead, put away what was, or wait for the store that their notes go to, so that a GPU does not. A scan that is
+    tried alone has the network as long as its note is there: no other scan of this process could then be blamed for its death.
     """
 
     def __init__(self, job: Job) -> None:

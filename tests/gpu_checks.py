@@ -100,17 +100,22 @@ class TestPredict:
 class TestTraining:
     EVERYTHING = STRONG_AUGMENT.model_copy(update={"elastic": 1.0, "low_resolution": 1.0, "modality_dropout": 0.5, "blur": 1.0})
 
-    def samples(self, folder, config):
+    def samples(self, folder, config, device=CPU):
         scans = [make_scan((5, 24, 24), seed=1, name="a"), make_scan((6, 22, 26), seed=2, name="b")]
-        return SampleSet(write_shard([(s, "binary") for s in scans], str(folder / "s.bin"), config), 1)
+        return SampleSet(write_shard([(s, "binary") for s in scans], str(folder / "s.bin"), config), 1, device=device)
 
+    @pytest.mark.parametrize("free", [0, 1 << 20])
     @pytest.mark.parametrize("augment", [AugmentConfig(), EVERYTHING])
     @pytest.mark.parametrize("way", WAYS)
-    def test_batches_are_the_cpus(self, tmp_path, way, augment):
+    def test_batches_are_the_cpus(self, tmp_path, monkeypatch, way, augment, free):
+        """Whether the GPU has room for all slices or not."""
         config = tiny_config(augment=augment, **WAYS[way])
         samples = self.samples(tmp_path, config)
         here = list(batches(make_learner(config, len(samples), CPU, Worker()), samples, 0))
+        monkeypatch.setattr("brainseg.cache.free_bytes", lambda device: free)
         with pretended_gpu():
+            samples = self.samples(tmp_path, config, GPU)
+            assert isinstance(samples._images, Held) == bool(free)
             there = list(batches(make_learner(config, len(samples), GPU, Worker()), samples, 0))
             assert all(isinstance(x, Held) for batch in there for x in batch)
         for ours, theirs in zip(here, there, strict=True):

@@ -65,6 +65,14 @@ def test_cpus_that_cannot_feed_a_gpu_are_named_with_how_many_could():
     assert "about 4 scans/s, bound by 8 CPUs around the network, which could use 20" in line
 
 
+@pytest.mark.parametrize(("device_s", "pace"), [(None, 1 / 0.6), (0.1, 1 / 0.2), (0.3, 1 / 0.3)])
+def test_what_several_blocks_do_at_once_is_counted_once(device_s, pace):
+    """Of 0.6 s a scan, so much with the network alone; the rest three blocks do side by side."""
+    plan = make_plan(cluster(200, 1), 1000, How(), Costs(3, 1.0, 0.6, 0.1, 1e6, device_s))
+    assert plan.scans_per_s == pytest.approx(pace)
+    assert plan.decode_tasks == math.ceil(1.5 * pace)
+
+
 def test_where_nothing_was_measured_nothing_is_promised():
     plan = make_plan(cluster(4), 100, How())
     assert plan.scans_per_s is None

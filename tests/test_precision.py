@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from factory import CPU, make_card, make_network, make_scan, tiny_config
+from factory import CPU, make_card, make_model, make_network, make_scan, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -151,6 +151,12 @@ class TestAModelInBf16:
     def test_no_layer_is_left_behind_where_it_cannot_compute(self):
         assert not [m for m in self.make("fp32", 0.5).network.modules() if isinstance(m, Precise)]
         assert isinstance(self.make("bf16", 0.5).network.down[0].conv1, nn.Module)
+
+
+def test_where_a_model_is_float32_is_no_less_on_a_gpu(tmp_path):
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # what a process begins with
+    make_model(tmp_path)
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
 
 
 @pytest.mark.skipif(not has_fast_bf16(CPU), reason="no processor with bf16: emulated, it takes minutes")

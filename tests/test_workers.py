@@ -9,8 +9,9 @@ from factory import make_scan
 from slow_network import actor, block, late
 
 from brainseg import inflight, stages
+from brainseg.plan import BLOCKS_AT_ONCE
 from brainseg.stages import Work
-from brainseg.workers import BLOCKS_AT_ONCE, _predicted, _unpacked
+from brainseg.workers import _predicted, _unpacked
 
 
 def name_of(work):

@@ -45,9 +45,9 @@ from brainseg.weights import MOST_BYTES, blueprint, check_fit, read_limited, ten
 WEIGHTS = "weights.safetensors"
 PIXELS_PER_FORWARD, PIXELS_PER_FORWARD_ON_A_GPU = 16 * 128 * 128, 512 * 128 * 128
 """How many model-grid pixels go through the network at once: on a CPU what fits its caches, on a GPU what fills it."""
+
 Patients = Sequence[str | None] | None
 """Whose each of several scans is, where known; None where nobody asks."""
-
 
 OnDevice = Callable[[], AbstractContextManager[Any]]
 """Gives what a thread enters to have the device to itself."""
@@ -115,12 +115,7 @@ class Segmenter(ABC):
         return self.answers(self.load(scans), patients)
 
     @torch.inference_mode()
-    def predict(
-        self,
-        scans: Sequence[Scan],
-        patients: Patients = None,
-        on_device: OnDevice = nullcontext,
-    ) -> list[Prediction]:
+    def predict(self, scans: Sequence[Scan], patients: Patients = None, on_device: OnDevice = nullcontext) -> list[Prediction]:
         """Segment scans together, their slices sharing batches; `patients` says whose they are, where that matters.
 
         What the device does happens inside `on_device()`; what comes before and after it other threads may do meanwhile.

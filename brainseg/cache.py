@@ -149,9 +149,8 @@ class SampleSet:
         self._images: Tensor | None = None
         self._masks: Tensor | None = None
         if self._prepared_bytes() <= memory_bytes:
-            self._hold()
-            if self._prepared_bytes() <= SHARE_OF_A_GPU * free_bytes(device):
-                self._images, self._masks = (x if x is None else x.to(device) for x in (self._images, self._masks))
+            place = device if self._prepared_bytes() <= SHARE_OF_A_GPU * free_bytes(device) else CPU
+            self._images, self._masks = (x.to(place) for x in self._prepared())
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -190,17 +189,18 @@ class SampleSet:
         plan, channels = self.entries[0].plan, self.entries[0].shape[0]
         return len(self) * plan.size**2 * (2 * channels + self.num_regions)
 
-    def _hold(self) -> None:
-        """Prepare every slice once: float16 images without context, masks in 1/255."""
+    def _prepared(self) -> tuple[Tensor, Tensor]:
+        """Every slice, prepared once: float16 images without context, masks in 1/255."""
         size, channels = self.entries[0].plan.size, self.entries[0].shape[0]
-        self._images = torch.empty(len(self), channels, size, size, dtype=torch.float16)
-        self._masks = torch.empty(len(self), self.num_regions, size, size, dtype=torch.uint8)
+        held = torch.empty(len(self), channels, size, size, dtype=torch.float16)
+        covered = torch.empty(len(self), self.num_regions, size, size, dtype=torch.uint8)
         for number, entry in enumerate(self.entries):
             images, masks = self._prepare(number, range(entry.shape[1]), context=0)
             where = slice(int(self.first[number]), int(self.first[number + 1]))
-            self._images[where] = images.half()
-            self._masks[where] = (masks * MASK_SCALE).round().to(torch.uint8)
+            held[where] = images.half()
+            covered[where] = (masks * MASK_SCALE).round().to(torch.uint8)
         self._maps.clear()
+        return held, covered
 
     def _prepare(self, number: int, slices: Sequence[int], context: int | None = None) -> tuple[Tensor, Tensor]:
         entry = self.entries[number]

@@ -234,7 +234,10 @@ def intensities(scan: Scan) -> list[dict[str, Any]]:
 
 
 def in_groups(works: Iterable[Work]) -> Iterator[list[Work]]:
-    """Gather scans until their crops hold VOXELS_TOGETHER voxels."""
+    """Gather scans until their crops hold VOXELS_TOGETHER voxels.
+
+    Where another as large as the last would be too much, it is not waited for: it would be held while these are segmented.
+    """
     group: list[Work] = []
     voxels = 0
     for work in works:
@@ -244,6 +247,10 @@ def in_groups(works: Iterable[Work]) -> Iterator[list[Work]]:
             group, voxels = [], 0
         group.append(work)
         voxels += size
+        del work
+        if voxels + size > VOXELS_TOGETHER:
+            yield group
+            group, voxels = [], 0
     if group:
         yield group
 

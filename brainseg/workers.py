@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from brainseg import ahead, inflight, lease, runs, stages, storage
+from brainseg import ahead, inflight, lease, memory, runs, stages, storage
 from brainseg.ensemble import load_segmenter
 from brainseg.inflight import Flight
 from brainseg.model import Segmenter
@@ -35,6 +35,9 @@ RECEIPT = pa.schema(
         ("seconds_finish", pa.float64()),
     ]
 )
+
+LARGE_BYTES = 24_000_000
+"""A full scan's crop, slices and probabilities are larger; what a network makes of a batch on a CPU is not."""
 
 
 class WholeWay:
@@ -146,6 +149,7 @@ def ready_model(job: Job) -> Segmenter:
     on_gpu = bool(ray.get_gpu_ids())
     if not on_gpu:
         torch.set_num_threads(1)
+        memory.give_back_from(LARGE_BYTES)
     model = load_segmenter((job.model, *job.other_models), job.settings, torch.device("cuda" if on_gpu else "cpu"))
     inflight.note_ready(job.run, actor)
     return model

@@ -350,7 +350,9 @@ class TestGroups:
             ([], []),
             ([1, 1, 1], [3]),
             ([stages.VOXELS_TOGETHER, 1], [1, 1]),
-            ([stages.VOXELS_TOGETHER - 1, 1, 1], [2, 1]),
+            ([stages.VOXELS_TOGETHER - 1, 1, 1], [1, 2]),
+            ([1, stages.VOXELS_TOGETHER - 1, 1, 1], [2, 2]),
+            ([1, stages.VOXELS_TOGETHER, 1, 1], [1, 1, 2]),
             ([3 * stages.VOXELS_TOGETHER, 0, 0, 1], [1, 3]),
         ],
     )
@@ -359,6 +361,12 @@ class TestGroups:
         grouped = list(in_groups(iter(works)))
         assert [len(g) for g in grouped] == groups
         assert [w for g in grouped for w in g] == works
+
+    @pytest.mark.parametrize(("size", "together"), [(stages.VOXELS_TOGETHER * 3 // 5, 1), (stages.VOXELS_TOGETHER // 3, 3)])
+    def test_a_scan_that_would_not_fit_as_well_is_not_read_before_the_group_is_segmented(self, size, together):
+        works = iter(self.works(*[size] * 7))
+        next(in_groups(works))
+        assert len(list(works)) == 7 - together
 
 
 class TestMaskFiles:

@@ -18,14 +18,14 @@ def name_of(work):
     return work.row["scan_id"]
 
 
-def test_no_scan_is_held_any_more_when_the_next_group_is_read(monkeypatch):
-    """Memory would otherwise hold two groups at a time."""
+def test_no_scan_is_held_any_more_when_the_next_one_is_read(monkeypatch):
+    """Memory would otherwise hold two groups at a time, or a scan more than is segmented."""
     monkeypatch.setattr("brainseg.stages.VOXELS_TOGETHER", 1)  # each scan is a group by itself
     read, alive_then = [], []
 
     def works():
         for number in range(5):
-            alive_then.append([ref() is not None for ref in read[:-1]])  # the last is what a group is begun with
+            alive_then.append([ref() is not None for ref in read])
             work = Work({"scan_id": str(number)}, make_scan((3, 16, 16), seed=number))
             read.append(weakref.ref(work.scan))
             yield work

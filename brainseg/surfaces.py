@@ -39,8 +39,15 @@ MATRIX_LIMIT = 50_000
 TREE_LIMIT = 150_000
 """With more surface voxels than this, or than a tenth of the crop, a distance transform overtakes the KD-tree."""
 
-REACH = 4
+REACH = 3
 """Voxels, in the direction of the finest spacing, up to which neighbours are tried one by one."""
+
+CELL = 6
+"""Voxels, in the same direction, of the side of a cell whose voxels one search is made for, until one of them matters."""
+
+PERCENTILE = 0.95
+ROUNDING = 1e-6
+"""More than what sums of distances may be off by, in any unit that a spacing is in."""
 
 
 @dataclass(frozen=True)
@@ -67,28 +74,101 @@ class Pair:
     @property
     def hd95(self) -> float:
         """The larger of the two directed 95th percentiles, in the unit of the spacing."""
-        return max(map(percentile_95, self.distances))
+        return max(distances.percentile_95() for distances in self.distances)
 
     def nsd(self, tolerance: float) -> float:
         """Surface Dice: the share of both surfaces' voxels within a tolerance, in the unit of the spacing, of the other."""
-        near = [int((distances <= tolerance + TOLERANCE_SLACK).sum()) for distances in self.distances]
+        near = [distances.within(tolerance + TOLERANCE_SLACK) for distances in self.distances]
         return sum(near) / (self.label.index.size + self.prediction.index.size)
 
     @cached_property
-    def distances(self) -> tuple[Floats, Floats]:
-        """From each voxel of the label's surface to the prediction's, and back, in no order.
-
-        A shared voxel is at distance 0 and is not looked up, but keeps its place among the values.
-        """
+    def distances(self) -> "tuple[Distances, Distances]":
+        """From each voxel of the label's surface to the prediction's, and back."""
         forth, back = ((a, b.index) for a, b in ((self.label, self.prediction), (self.prediction, self.label)))
-        return self._directed(*forth), self._directed(*back)
+        return Distances(*forth, self.shape, self.spacing), Distances(*back, self.shape, self.spacing)
 
-    def _directed(self, source: Surface, target: Indices) -> Floats:
-        distances = np.zeros(source.index.size, np.float64)
-        own = source.index[~source.shared]
-        if own.size:
-            distances[: own.size] = nearest(own, target, self.shape, self.spacing)
-        return distances
+
+class Distances:
+    """How far each surface voxel of one mask is from the surface of another, as closely as anybody needs to know it.
+
+    `lower` and `upper` (N,), in no order, are the same where a distance is known. A percentile asks for the largest few; of
+    all others it is enough that they are smaller. What bounds them: two voxels' distances differ by no more than the voxels
+    are apart, so that a search from the middle of a few neighbours speaks for all of them.
+    """
+
+    def __init__(self, source: Surface, target: Indices, shape: tuple[int, ...], spacing: tuple[float, ...]) -> None:
+        """A shared voxel is at distance 0 and is not looked up, but keeps its place among the values."""
+        self.own, self.target, self.shape, self.spacing = source.index[~source.shared], target, shape, spacing
+        self.upper = np.zeros(source.index.size, np.float64)
+        if self.own.size < FEW:
+            self.lower = self.upper
+            self._find(np.arange(self.own.size))
+            return
+        self.upper[: self.own.size] = _by_steps(self.own, target, shape, spacing)
+        self.lower = np.where(np.isinf(self.upper), REACH * min(spacing), self.upper)
+
+    def within(self, limit: float) -> int:
+        """How many are no further than a limit, in the unit of the spacing."""
+        if self._between(limit).size > FEW:
+            self._narrow()
+        self._find(self._between(limit))
+        return int((self.upper <= limit).sum())
+
+    def percentile_95(self) -> float:
+        """The 95th percentile of all of them; there must be one."""
+        count = self.upper.size - math.floor(PERCENTILE * (self.upper.size - 1))
+        unknown = self._highest(count)
+        if unknown.size > FEW:
+            self._narrow()
+            likely = self._highest(count)
+            if likely.size > count:
+                self._find(likely[np.argpartition(self.upper[likely], -count)[-count:]])
+            unknown = self._highest(count)
+        self._find(unknown)
+        return percentile_95(self.upper)
+
+    def _between(self, limit: float) -> Indices:
+        """Those that may lie on either side of a limit."""
+        return np.flatnonzero((self.lower <= limit) & (self.upper > limit))
+
+    def _highest(self, count: int) -> Indices:
+        """Those that are not known and may be among so many largest ones."""
+        least = np.partition(self.lower, -count)[-count]
+        return np.flatnonzero((self.upper >= least) & (self.upper > self.lower))
+
+    def _narrow(self) -> None:
+        """Bound those that are not known, by what is found from the middle of each few neighbours."""
+        unknown = np.flatnonzero(np.isinf(self.upper))
+        if not unknown.size:
+            return
+        places = _places(self.own[unknown], self.shape, self.spacing)
+        cells = (places / (CELL * min(self.spacing))).astype(np.int64)
+        numbers = np.ravel_multi_index(tuple(cells.T), cells.max(axis=0) + 1)
+        _, cell, size = np.unique(numbers, return_inverse=True, return_counts=True)
+        middles = np.stack([np.bincount(cell, weights=axis) / size for axis in places.T], axis=-1)
+        found = np.atleast_1d(self._tree.query(middles)[0])[cell]
+        away = np.linalg.norm(places - middles[cell], axis=1) + ROUNDING
+        self.lower[unknown] = np.maximum(self.lower[unknown], found - away)
+        self.upper[unknown] = found + away
+
+    def _find(self, which: Indices) -> None:
+        """Search for the distances of some, numbered as `own` is."""
+        if which.size:
+            self.lower[which] = self.upper[which] = self._search(self.own[which])
+
+    def _search(self, own: Indices) -> Floats:
+        asked = own, self.target, self.shape, self.spacing
+        if own.size * self.target.size < MATRIX_LIMIT:
+            return _by_matrix(*asked)
+        limit = min(TREE_LIMIT, math.prod(self.shape) // 10)
+        if own.size + self.target.size > limit and min(own.size, self.target.size) > FEW:
+            return _by_transform(*asked)
+        return np.atleast_1d(self._tree.query(_places(own, self.shape, self.spacing))[0])
+
+    @cached_property
+    def _tree(self) -> KDTree:
+        """Of the target's voxels."""
+        return KDTree(_places(self.target, self.shape, self.spacing), balanced_tree=False, compact_nodes=False)
 
 
 def surface_pair(label: Mask, prediction: Mask, spacing: tuple[float, ...]) -> Pair:
@@ -112,26 +192,10 @@ def surface(mask: Mask) -> Mask:
 
 def percentile_95(distances: Floats) -> float:
     """The 95th percentile of at least one value, linear between ranks, as `numpy.percentile` at a tenth of its time."""
-    place = 0.95 * (distances.size - 1)
+    place = PERCENTILE * (distances.size - 1)
     low, high = math.floor(place), math.ceil(place)
     ranked = np.partition(distances, (low, high))
     return float(ranked[low] + (place - low) * (ranked[high] - ranked[low]))
-
-
-def nearest(own: Indices, target: Indices, shape: tuple[int, ...], spacing: tuple[float, ...]) -> Floats:
-    """Distance from each voxel of `own` (N,) to the nearest of `target` (M,), flat indices into one shape; M is at least 1.
-
-    Most voxels of two surfaces that resemble each other are found within a few steps; only the others are searched for.
-    """
-    if own.size < FEW:
-        return (_by_matrix if own.size * target.size < MATRIX_LIMIT else _by_tree)(own, target, shape, spacing)
-    distances = _by_steps(own, target, shape, spacing)
-    far = np.flatnonzero(np.isinf(distances))
-    if far.size:
-        limit = min(TREE_LIMIT, math.prod(shape) // 10)
-        crowded = far.size + target.size > limit and min(far.size, target.size) > FEW
-        distances[far] = (_by_transform if crowded else _by_tree)(own[far], target, shape, spacing)
-    return distances
 
 
 def _by_steps(own: Indices, target: Indices, shape: tuple[int, ...], spacing: tuple[float, ...]) -> Floats:
@@ -162,12 +226,6 @@ def _shells(shape: tuple[int, ...], spacing: tuple[float, ...]) -> Iterator[tupl
 def _by_matrix(own: Indices, target: Indices, shape: tuple[int, ...], spacing: tuple[float, ...]) -> Floats:
     """By the distance of every pair: the time goes by the product of the two numbers of voxels."""
     return np.asarray(cdist(_places(own, shape, spacing), _places(target, shape, spacing)).min(axis=1), np.float64)
-
-
-def _by_tree(own: Indices, target: Indices, shape: tuple[int, ...], spacing: tuple[float, ...]) -> Floats:
-    """By a search tree: the time goes by the number of voxels."""
-    tree = KDTree(_places(target, shape, spacing), balanced_tree=False, compact_nodes=False)
-    return np.atleast_1d(tree.query(_places(own, shape, spacing))[0])
 
 
 def _places(index: Indices, shape: tuple[int, ...], spacing: tuple[float, ...]) -> Floats:

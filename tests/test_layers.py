@@ -14,7 +14,7 @@ PACKAGE = ROOT / "brainseg"
 LAYERS = """
     __init__
     errors environment
-    regions geometry storage spill tables config versions hardware time_limit turns outlines
+    regions geometry storage spill tables config versions hardware memory time_limit turns outlines
     events progress telemetry observe heartbeat loggers watch
     unet losses presets precision uploads trust
     formats surfaces lesions postprocess metrics aggregate averaging comparison

@@ -4,7 +4,7 @@
 
 makes phantoms in the BraTS layout at full size, trains nothing (the network's weights are those of a model folder, or drawn),
 and prints one table: CPU seconds a scan of each, and brainseg's pace as a share of the bare forward pass of the same network,
-precision and batch on the same cores, from the first part written to the last. A peer runs in its own environment.
+precision and batch on the same cores, while all actors have work. A peer runs in its own environment.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -172,23 +173,29 @@ def run(archive: Path, model: str, out: Path, precision: str, actors: int, extra
 
 
 def paces(archive: Path, model: str, out: Path, precision: str, actors: int, extra: list[str]) -> Paces:
-    """The bare pace before and after the run, the better one, and the run's from its first part to its last."""
+    """The bare pace before and after the run, the better one, and the run's while all of its actors had work."""
     import pyarrow.dataset
 
     before = bare_pace(model, precision, actors)
     shutil.rmtree(out, ignore_errors=True)
     watch, began = run(archive, model, out, precision, actors, extra)
     after = bare_pace(model, precision, actors)
-    rows = pyarrow.dataset.dataset(out / "scans").to_table(columns=["finished_at", "shape", "seconds_predict"]).to_pylist()
+    columns = ["finished_at", "__filename"]
+    rows = pyarrow.dataset.dataset(out / "scans").to_table(columns=columns).to_pylist()
     ends = sorted(row["finished_at"].timestamp() for row in rows)
-    start = ends[min(actors * 4, len(ends) - 2)]
-    inside = [row for row in rows if start < row["finished_at"].timestamp() <= ends[-actors]]
-    span = ends[-actors] - start
+    part_ends = sorted({row["__filename"]: row["finished_at"].timestamp() for row in sorted(rows, key=_moment)}.values())
+    start, end = ends[min(actors * 4, len(ends) - 2)], part_ends[-actors]  # from then on one of them had nothing left to do
+    inside = [at for at in ends if start < at <= end]
+    span = end - start
     slices = len(inside) * slices_of(archive)
     bare, forward_cpu = max(before[0], after[0]), min(before[1], after[1])
-    cpu = watch.cpu_between(start, ends[-actors]) / len(inside)
+    cpu = watch.cpu_between(start, end) / len(inside)
     early = watch.peak_mb_at(ends[min(AFTER_SCANS, len(ends)) - 1])
     return Paces(bare, slices / span, ends[0] - began, cpu, forward_cpu * slices_of(archive), watch.peak_mb, early)
+
+
+def _moment(row: dict[str, Any]) -> Any:
+    return row["finished_at"]
 
 
 def slices_of(archive: Path) -> float:

@@ -213,7 +213,7 @@ def segment(
         int | None, typer.Option(min=1, help="Decoding tasks at once, where they are apart. Default: by what was measured.")
     ] = None,
     scans_per_part: Annotated[
-        int | None, typer.Option(min=1, help="Default: at most 32, and what takes an actor about 20 s.")
+        int | None, typer.Option(min=1, help="Default: at most 32, and what takes an actor about 20 s; fewer towards the end.")
     ] = None,
     accept_noncommercial: NonCommercial = False,
     dry_run: Annotated[

@@ -13,6 +13,8 @@ from brainseg.session import Cluster, require, require_room
 
 Mode = Literal["fused", "apart"]
 MOST_SCANS_PER_PART = 32
+MOST_PARTS_CUT = 2_000
+"""Of more parts, each a small object of its own, the driver lets Ray do the cutting; the last one then matters less."""
 PART_S = 20.0
 """A part should take an actor about so long: what a kill costs, and how often there is news."""
 BLOCK_BYTES = 256 << 20
@@ -68,6 +70,22 @@ class Plan:
     costs: Costs | None = None
     other_cpus: float = 0.0
     """CPUs that the tasks around the actors may fill."""
+    tapers: bool = False
+    """Whether parts become smaller towards the end: not where somebody has said how large they are."""
+
+    def part_sizes(self, scans: int) -> list[int] | None:
+        """How many scans each part holds, in order; None where all but the last hold as many.
+
+        An actor that is done while others still have a part each waits for them. So a part takes no more than half of what an
+        actor can expect of the rest (guided self-scheduling, Polychronopoulos & Kuck 1987): at the end they hold one scan.
+        """
+        if not self.tapers or scans > MOST_PARTS_CUT * self.scans_per_part:
+            return None
+        sizes: list[int] = []
+        while scans:
+            sizes.append(min(self.scans_per_part, -(-scans // (2 * self.actors))))
+            scans -= sizes[-1]
+        return sizes
 
     def describe(self) -> str:
         """One line for a person."""
@@ -78,6 +96,7 @@ class Plan:
             most = f"at most {self.decode_tasks} " if self.decode_tasks else ""
             what = f"decode and metrics in {most}CPU tasks around them"
         line = f"plan: {self.actors} {kind} actor(s), {what}; {self.scans_per_part} scans a part"
+        line += ", fewer towards the end" if self.tapers and self.scans_per_part > 1 else ""
         pace = self.scans_per_s
         return line if pace is None else f"{line}; about {pace:.3g} scans/s, {self.bound}"
 
@@ -127,7 +146,8 @@ def make_plan(cluster: Cluster, scans: int, how: How, costs: Costs | None = None
     require_room(cluster, wanted, cpus=1.0, gpus=gpus, what=what)
     around = cluster.cpus - wanted
     tasks = how.decode_tasks or _decode_tasks(chosen, wanted, around, costs)
-    return Plan(chosen, wanted, 1.0, gpus, how.scans_per_part or _part(chosen, wanted, scans, costs), tasks, costs, around)
+    part = how.scans_per_part or _part(chosen, wanted, scans, costs)
+    return Plan(chosen, wanted, 1.0, gpus, part, tasks, costs, around, tapers=how.scans_per_part is None)
 
 
 def _part(mode: Mode, actors: int, scans: int, costs: Costs | None) -> int:

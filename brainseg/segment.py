@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -316,7 +317,7 @@ def _room(cluster: Cluster, scans: int, how: How) -> Room:
 
 def pipeline(todo: pa.Table, job: Job, plan: Plan) -> Dataset:
     """The whole way of a scan. Different num_cpus keep the stages from being fused into one process."""
-    blocks = ray.data.from_arrow(todo).repartition(target_num_rows_per_block=plan.scans_per_part)
+    blocks = _blocks(todo, plan)
     arguments: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     if plan.mode == "fused":
         pool = ActorPoolStrategy(size=plan.actors)
@@ -328,6 +329,14 @@ def pipeline(todo: pa.Table, job: Job, plan: Plan) -> Dataset:
         Forward, fn_constructor_args=(job,), compute=pool, num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, **arguments
     )
     return predicted.map_batches(partial(finish_block, job=job), num_cpus=FINISH_CPUS, **arguments)
+
+
+def _blocks(todo: pa.Table, plan: Plan) -> Dataset:
+    """The manifest rows, a block a part."""
+    sizes = plan.part_sizes(todo.num_rows)
+    if sizes is None:
+        return ray.data.from_arrow(todo).repartition(target_num_rows_per_block=plan.scans_per_part)
+    return ray.data.from_arrow([todo.slice(end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)])
 
 
 def _receipts(todo: pa.Table, job: Job, plan: Plan) -> Generator[Mapping[str, Any]]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brainseg.config import How
-from brainseg.plan import BLOCK_BYTES, DECODE_CPUS, PART_S, Costs, describe_forecast, forecast, make_plan
+from brainseg.plan import BLOCK_BYTES, DECODE_CPUS, PART_S, Costs, Plan, describe_forecast, forecast, make_plan
 from brainseg.session import Cluster
 
 seconds = st.floats(1e-3, 100)
@@ -27,6 +27,44 @@ def test_a_part_is_short_small_and_one_of_several_of_its_actor(costs, scans, cpu
         assert plan.scans_per_part * costs.total_s <= PART_S + costs.total_s / 2
         assert (plan.scans_per_part - 1) * 4 * plan.actors < scans
         assert plan.mode == "fused" or plan.scans_per_part * costs.voxel_bytes <= BLOCK_BYTES
+
+
+@given(scans=st.integers(1, 2_000), most=st.integers(1, 32), actors=st.integers(1, 20))
+def test_parts_hold_every_scan_once_and_less_and_less_towards_the_end(scans, most, actors):
+    sizes = Plan("fused", actors, 1.0, 0.0, most, tapers=True).part_sizes(scans)
+    assert sum(sizes) == scans
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] <= most
+    left = [sum(sizes[number:]) for number in range(len(sizes))]
+    assert all(size == 1 or size * actors < rest for size, rest in zip(sizes, left, strict=True))
+    assert len(sizes) <= scans / most + 2 * actors * (1 + math.log(most)) + 2 * actors
+
+
+def ends(sizes, actors, late=0):
+    """When each actor is done, if whoever is free takes the next part and a scan takes a second; one begins later."""
+    free = [0.0] * (actors - 1) + [late]
+    for size in sizes:
+        free[free.index(min(free))] += size
+    return free
+
+
+@pytest.mark.parametrize("scans", [9, 36, 40, 200, 1001])
+@pytest.mark.parametrize("actors", [2, 3, 8])
+def test_all_actors_end_at_about_the_same_time(scans, actors):
+    plan = make_plan(cluster(actors + 1), scans, How(actors=actors))
+    done = ends(plan.part_sizes(scans), actors, late=0.4 * scans / actors)
+    assert max(done) - min(done) <= 1
+
+
+def test_of_36_scans_two_actors_take_18_each():
+    plan = make_plan(cluster(3), 36, How(actors=2))
+    assert ends(plan.part_sizes(36), 2) == [18, 18]
+    assert sorted(ends([5] * 7 + [1], 2)) == [16, 20]
+
+
+def test_parts_are_as_large_as_somebody_says_and_large_archives_are_left_to_ray():
+    assert make_plan(cluster(3), 100, How(scans_per_part=7)).part_sizes(100) is None
+    assert make_plan(cluster(3), 10**6, How()).part_sizes(10**6) is None
 
 
 @given(costs=costs, cpus=st.integers(4, 200), gpus=st.integers(1, 2))

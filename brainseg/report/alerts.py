@@ -134,7 +134,7 @@ def _odd(cohort: Cohort) -> list[str]:
             said.append(f"{_scans(number)} {says}.")
     apart = _count(pc.is_in(scans["error_code"], value_set=pa.array([str(code) for code in GRID_CONFLICTS])))
     if apart:
-        said.append(f"{_scans(apart)} failed because their files do not lie on one grid: see the quarantine.")
+        said.append(f"{_scans(apart)} failed: the files of a scan do not lie on one grid; see the quarantine.")
     nameless = _count(pc.and_(scans["evaluated"], pc.is_null(scans["patient_id"])))
     if nameless:
         said.append(f"{_scans(nameless)} with figures but without a patient: intervals take each for a patient of its own.")

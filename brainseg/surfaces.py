@@ -47,7 +47,7 @@ CELL = 6
 
 PERCENTILE = 0.95
 ROUNDING = 1e-6
-"""More than what sums of distances may be off by, in any unit that a spacing is in."""
+"""Of the finest spacing: more than what a distance may be off by."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,14 @@ class Distances:
         unknown = np.flatnonzero(np.isinf(self.upper))
         if not unknown.size:
             return
-        places = _places(self.own[unknown], self.shape, self.spacing)
-        cells = (places / (CELL * min(self.spacing))).astype(np.int64)
-        numbers = np.ravel_multi_index(tuple(cells.T), cells.max(axis=0) + 1)
+        places, finest = _places(self.own[unknown], self.shape, self.spacing), min(self.spacing)
+        sides = [max(1, round(CELL * finest / spacing)) for spacing in self.spacing]
+        cells = [i // side for i, side in zip(np.unravel_index(self.own[unknown], self.shape), sides, strict=True)]
+        numbers = np.ravel_multi_index(cells, self.shape)
         _, cell, size = np.unique(numbers, return_inverse=True, return_counts=True)
         middles = np.stack([np.bincount(cell, weights=axis) / size for axis in places.T], axis=-1)
         found = np.atleast_1d(self._tree.query(middles)[0])[cell]
-        away = np.linalg.norm(places - middles[cell], axis=1) + ROUNDING
+        away = np.linalg.norm(places - middles[cell], axis=1) + ROUNDING * finest
         self.lower[unknown] = np.maximum(self.lower[unknown], found - away)
         self.upper[unknown] = found + away
 

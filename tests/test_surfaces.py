@@ -59,7 +59,7 @@ def two_masks():
 @pytest.mark.parametrize("few", [0, 30, 10**6])
 @pytest.mark.parametrize("limit", [0, 10**7])
 @pytest.mark.parametrize("cell", [1, 3, 50])
-@pytest.mark.parametrize("spacing", [MM, (2.5, 0.94, 0.94)])
+@pytest.mark.parametrize("spacing", [MM, (2.5, 0.94, 0.94), (1e-3, 7.0, 1e3)])
 def test_however_a_distance_is_found_the_figures_are_the_same(few, limit, cell, spacing, monkeypatch):
     for name, value in (("FEW", few), ("TREE_LIMIT", limit), ("MATRIX_LIMIT", limit), ("CELL", cell)):
         monkeypatch.setattr(surfaces, name, value)

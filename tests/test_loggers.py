@@ -68,6 +68,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert found.Scalars("held_out/tumor/dice_mean")[0].value == 0.75
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of mlflow by sqlalchemy
 @needs("mlflow")
 @needs("sqlalchemy")
 def test_mlflow_reads_what_was_written(tmp_path):

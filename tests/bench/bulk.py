@@ -20,8 +20,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -183,7 +183,9 @@ def paces(archive: Path, model: str, out: Path, precision: str, actors: int, ext
     columns = ["finished_at", "__filename"]
     rows = pyarrow.dataset.dataset(out / "scans").to_table(columns=columns).to_pylist()
     ends = sorted(row["finished_at"].timestamp() for row in rows)
-    part_ends = sorted({row["__filename"]: row["finished_at"].timestamp() for row in sorted(rows, key=_moment)}.values())
+    part_ends = sorted(
+        {row["__filename"]: row["finished_at"].timestamp() for row in sorted(rows, key=itemgetter("finished_at"))}.values()
+    )
     start, end = ends[min(actors * 4, len(ends) - 2)], part_ends[-actors]  # from then on one of them had nothing left to do
     inside = [at for at in ends if start < at <= end]
     span = end - start
@@ -192,10 +194,6 @@ def paces(archive: Path, model: str, out: Path, precision: str, actors: int, ext
     cpu = watch.cpu_between(start, end) / len(inside)
     early = watch.peak_mb_at(ends[min(AFTER_SCANS, len(ends)) - 1])
     return Paces(bare, slices / span, ends[0] - began, cpu, forward_cpu * slices_of(archive), watch.peak_mb, early)
-
-
-def _moment(row: dict[str, Any]) -> Any:
-    return row["finished_at"]
 
 
 def slices_of(archive: Path) -> float:

@@ -158,7 +158,7 @@ def _score_parts(job: Job, say: Say) -> list[dict[str, str]]:
     uris = runs.parts(job.run)
     if not uris:
         return []
-    blocks = ray.data.from_arrow([pa.table({"part": [uri]}) for uri in uris])
+    blocks = ray.data.from_blocks([pa.table({"part": [uri]}) for uri in uris])
     receipts = blocks.map_batches(partial(_score_block, job=job), batch_size=None, batch_format="pyarrow", num_cpus=1)
     problems: list[dict[str, str]] = []
     for number, receipt in enumerate(receipts.iter_rows(), start=1):

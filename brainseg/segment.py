@@ -216,10 +216,12 @@ def _drive(table: pa.Table, expected: Mapping[str, str], job: Job, drive: Drive)
     cluster = drive.cluster or connect(ear.say)
     plan = make_plan(cluster, todo.num_rows, drive.how, _costs(todo, job, cluster, drive.how))
     ear.say(plan.describe())
-    if cluster.free_cpus is not None and cluster.free_cpus < plan.actors * plan.actor_cpus + 1:
+    crowded = cluster.free_cpus is not None and cluster.free_cpus < plan.actors * plan.actor_cpus + 1
+    if crowded:
         ear.say(f"only {cluster.free_cpus:g} of the cluster's {cluster.cpus:g} CPUs are free now; waiting for other jobs")
     with lifeline(), plain_words():
-        await_room(STANDSTILL_S)
+        if crowded or cluster.free_cpus is None:
+            await_room(STANDSTILL_S)
         with closing(_receipts(todo, job, plan)) as receipts:  # whatever ends it, the actors' CPUs are free again
             for receipt in receipts:
                 drive.onlookers.part(receipt)
@@ -332,11 +334,11 @@ def pipeline(todo: pa.Table, job: Job, plan: Plan) -> Dataset:
 
 
 def _blocks(todo: pa.Table, plan: Plan) -> Dataset:
-    """The manifest rows, a block a part."""
+    """The manifest rows, a block a part. `from_arrow` would start processes to look at each block's size."""
     sizes = plan.part_sizes(todo.num_rows)
-    if sizes is None:
-        return ray.data.from_arrow(todo).repartition(target_num_rows_per_block=plan.scans_per_part)
-    return ray.data.from_arrow([todo.slice(end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)])
+    cut = [todo.slice(end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)] if sizes else [todo]
+    blocks: Dataset = ray.data.from_blocks(cut)
+    return blocks if sizes else blocks.repartition(target_num_rows_per_block=plan.scans_per_part)
 
 
 def _receipts(todo: pa.Table, job: Job, plan: Plan) -> Generator[Mapping[str, Any]]:

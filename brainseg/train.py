@@ -275,7 +275,7 @@ def _decode_once(work: str, table: pa.Table, wanted: set[str], config: TrainConf
     body, shards = config.model_dump(mode="json"), storage.join(work, "cache")
     ray.data.DataContext.get_current().enable_progress_bars = False
     receipts = (
-        ray.data.from_arrow(chosen)
+        ray.data.from_blocks([chosen])
         .repartition(target_num_rows_per_block=SCANS_PER_SHARD)
         .map_batches(
             partial(_decode_batch, config_body=body, shards=shards), batch_size=None, batch_format="pyarrow", num_cpus=1

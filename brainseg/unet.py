@@ -199,8 +199,9 @@ def _joined(convolution: Any, norm: nn.Module) -> tuple[Any, nn.Module]:
 
 
 def _initialise(module: nn.Module) -> None:
-    """He initialisation (He et al. 2015) for what feeds a rectifier."""
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Conv3d | nn.ConvTranspose3d):
+    """He initialisation (He et al. 2015) for what feeds a rectifier; of weights that are shapes alone torch would import its
+    compiler to do nothing, for two seconds."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Conv3d | nn.ConvTranspose3d) and not module.weight.is_meta:
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -38,9 +38,9 @@ FOR_A_NODE_OF_OUR_OWN = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """It keeps to itself, and leaves undone what nobody there looks at: new log files ten times a second, for a driver that asked
-for no logs; every process's CPU and memory every 5 s, and each task's way, for a dashboard that is not there; a process that asks
-every 5 s whether a cloud is about to take its one machine away. On two busy cores Ray's processes and the driver took 0.16 of a
-core beside the actors, and without all this 0.13."""
+for no logs; every process's CPU and memory every 5 s, and each task's way, for a dashboard that is not there; the question,
+from a process of its own, whether a cloud is about to take the one machine away. On two busy cores Ray's processes
+and the driver took 0.16 of a core beside the actors, and without the first four of these 0.13."""
 
 
 def prepare_environment(*, joins: bool = False) -> None:

@@ -221,7 +221,7 @@ def main() -> None:
     words.add_argument("--precision", default="fp32")
     words.add_argument("--actors", type=int, default=os.cpu_count())
     words.add_argument(
-        "--peer", action="append", default=[], help="plain, monai_way or nnunet_way, and =PYTHON of its environment"
+        "--peer", action="append", default=[], help="plain, monai_way, nnunet_way or keras_way, and =PYTHON of its environment"
     )
     words.add_argument("--peer-scans", type=int, default=3)
     words.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "brainseg-bench")

@@ -18,8 +18,27 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-LONG = ("test_readme", "test_kills", "test_cross_validation", "test_bad_company", "test_specs", "test_train", "test_learn")
-"""Files of few tests that take minutes, the longest first: begun last, one of them keeps all other processes waiting."""
+LONG = (
+    "test_readme",
+    "test_segment",
+    "test_train",
+    "test_kills",
+    "test_pretrained",
+    "test_bad_company",
+    "test_cross_validation",
+    "test_sweep",
+    "test_the_whole_way_on_s3",
+    "test_preflight",
+    "test_on_a_gpu",
+    "test_isolation",
+    "test_specs",
+)
+"""Files that take minutes or half of one, the longest first: begun last, one of them keeps all other processes waiting."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: half of the long tests' time is spent waiting for Ray's processes to come up."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -37,7 +37,7 @@ LONG = (
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores: half of the long tests' time is spent waiting for Ray's processes to come up."""
+    """One process more than there are cores, for the seconds in which Ray's processes wait for one another as they come up."""
     return (os.cpu_count() or 1) + 1
 
 

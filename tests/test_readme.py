@@ -184,7 +184,7 @@ def walk(tmp_path_factory):
     return made
 
 
-pytestmark = pytest.mark.timeout(12 * MINUTES)
+pytestmark = pytest.mark.timeout(20 * MINUTES)
 
 
 def test_the_demo_ends_with_3_and_says_why(walk):

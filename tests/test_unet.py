@@ -51,6 +51,26 @@ def test_every_weight_receives_a_gradient():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_bias_added_by_itself_in_bf16_is_the_same_bias_and_learns_the_same(dimensions):
+    torch.manual_seed(3)
+    network = UNet(NetworkConfig(dimensions=dimensions, widths=(8, 16)), 1, 1)
+    layer, x = network.lift[0], torch.randn(2, 16, *[8] * dimensions)
+    nn.init.normal_(layer.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = unet._lifted(layer, x)
+    slope = torch.randn_like(answer)
+    answer.backward(slope)
+    learnt = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    layer.zero_grad()
+    plain = layer(x)
+    plain.backward(slope.float())
+    assert answer.dtype == torch.bfloat16
+    torch.testing.assert_close(answer.float(), plain, rtol=0.02, atol=0.05)
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(learnt[name], p.grad, rtol=0.02, atol=0.3)
+
+
 def test_dropout_is_in_the_lower_half_alone():
     network = UNet(NetworkConfig(widths=(4, 4, 4, 4), dropout=0.5), 1, 1)
     assert [isinstance(b.drop, ChannelDropout) for b in network.down] == [False, False, True, True]

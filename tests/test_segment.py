@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -218,33 +220,39 @@ def test_a_driver_that_is_overtaken_while_it_works_stops_and_spoils_nothing(arch
     assert segment.verify_run(run) == []
 
 
-@pytest.mark.parametrize("left", [0, 1])
-def test_a_cluster_without_room_ends_in_one_error_and_not_in_silence(
-    archive: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
-) -> None:
+@contextmanager
+def hogged(left: int) -> Iterator[None]:
+    """While inside, somebody else holds all CPUs of the cluster but so many."""
+
     @ray.remote
     class Hog:
         def has_begun(self) -> bool:
             return True
 
-    monkeypatch.setattr(segment, "STANDSTILL_S", 3.0)
     connect()  # lets go of what failed jobs before this one held
     hog = Hog.options(num_cpus=ray.cluster_resources()["CPU"] - left).remote()  # type: ignore[attr-defined]
     assert ray.get(hog.has_begun.remote(), timeout=120)
-    said: list[str] = []
     try:
-        with pytest.raises(ClusterError, match="nothing has moved for too long"):
-            segment.segment_archive(
-                str(archive),
-                model,
-                str(tmp_path / "run"),
-                SegmentConfig(),
-                How(actors=1, scan_seconds=0.1),
-                segment.Ear(said.append),
-            )
+        yield
     finally:
         ray.kill(hog)
+
+
+def test_a_cluster_without_room_ends_in_one_error_and_not_in_silence(
+    archive: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "STANDSTILL_S", 3.0)
+    said: list[str] = []
+    how, ear = How(actors=1, scan_seconds=0.1), segment.Ear(said.append)
+    with hogged(left=0), pytest.raises(ClusterError, match="nothing has moved for too long"):
+        segment.segment_archive(str(archive), model, str(tmp_path / "run"), SegmentConfig(), how, ear)
     assert any("CPUs are free now; waiting for other jobs" in line for line in said)
+
+
+def test_room_for_one_actor_is_room_enough_for_a_run_of_one(archive: Path, model: str, tmp_path: Path) -> None:
+    with hogged(left=1):
+        segment.segment_archive(str(archive), model, str(tmp_path / "run"), SegmentConfig(), How(actors=1))
+    assert segment.verify_run(str(tmp_path / "run")) == []
 
 
 def test_every_exit_code_says_what_it_means(

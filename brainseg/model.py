@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -206,7 +206,7 @@ class Model(Segmenter):
         self.network: UNet = self._ready(network)
         self.precise: UNet | None = None
         if inference_dtype(settings.precision, device) == torch.bfloat16:
-            self.network, self.precise = self._ready(in_bf16(network)), self.network
+            self.network, self.precise = self._ready(in_bf16(network, first_block=device.type == "cpu")), self.network
         self.pixels_per_forward = PIXELS_PER_FORWARD if device.type == "cpu" else PIXELS_PER_FORWARD_ON_A_GPU
 
     def _ready(self, network: UNet) -> UNet:
@@ -223,26 +223,36 @@ class Model(Segmenter):
 
     def answers(self, loaded: Sequence[Loaded], patients: Patients = None) -> Iterator[Tensor]:
         """Yield each scan's region probabilities `(R, D, h, w)` on its crop in canonical orientation, one scan at a time."""
-        for one, answer in zip(loaded, self._answers(loaded), strict=True):
-            with torch.inference_mode():
-                probability = native_probabilities(answer.transpose(0, 1), one.plans[self.shown], *one.crop.array.shape[2:])
-            yield probability
-
-    def _answers(self, loaded: Sequence[Loaded]) -> Iterable[Tensor]:
-        """Each scan's region probabilities `(D, R, S, S)` on the model grid: slices together, or volumes one by one."""
         if self.card.prepare.patch is not None:
-            return (self._slid(one, self.card.prepare.patch) for one in loaded)
-        with torch.inference_mode():
-            stacks = [self._slices(one) for one in loaded]
-            together = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
-            answers = torch.split(self._forward(together), [len(s) for s in stacks])
-            return [self._decided(stack, answer) for stack, answer in zip(stacks, answers, strict=True)]
+            yield from (self._on_crop(one, self._slid(one, self.card.prepare.patch)) for one in loaded)
+            return
+        for one, slices, answer in self._answered_together(loaded):
+            yield self._decided(one, slices, self._on_crop(one, answer))
 
-    def _decided(self, slices: Tensor, answer: Tensor) -> Tensor:
-        """A scan's answer `(D, R, S, S)` with what bf16 may have decided answered by float32."""
-        if self.precise is None:
-            return answer
-        return decided(answer, self._threshold, lambda numbers: self._forward(slices[numbers], self.precise))
+    @torch.inference_mode()
+    def _answered_together(self, loaded: Sequence[Loaded]) -> list[tuple[Loaded, Tensor | None, Tensor]]:
+        """Each scan, its slices if there may be doubts about them, and the answer `(D, R, S, S)` on the model grid."""
+        stacks = [self._slices(one) for one in loaded]
+        together = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+        answers = torch.split(self._forward(together), [len(s) for s in stacks])
+        kept = [None if self.precise is None else stack for stack in stacks]
+        return list(zip(loaded, kept, answers, strict=True))
+
+    @torch.inference_mode()
+    def _on_crop(self, one: Loaded, answer: Tensor) -> Tensor:
+        """Answers `(D, R, S, S)` on the model grid as `(R, D, h, w)` on the scan's crop."""
+        return native_probabilities(answer.transpose(0, 1), one.plans[self.shown], *one.crop.array.shape[2:])
+
+    @torch.inference_mode()
+    def _decided(self, one: Loaded, slices: Tensor | None, probability: Tensor) -> Tensor:
+        """A scan's answer `(R, D, h, w)` with what bf16 may have decided answered by float32."""
+        if slices is None:
+            return probability
+
+        def again(numbers: Tensor) -> Tensor:
+            return self._on_crop(one, self._forward(slices[numbers], self.precise))
+
+        return decided(probability, self._threshold, again)
 
     @torch.inference_mode()
     def _slid(self, one: Loaded, patch: Patch) -> Tensor:

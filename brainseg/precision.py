@@ -1,13 +1,15 @@
 """Precision: a network that computes in bf16 and answers, to a thousandth of every mask, what it would in float32.
 
-bf16 keeps 8 bits of a number. What that does to an answer comes mostly from three places, and each has its remedy: the image
-itself is rounded (the first convolution stays float32, which costs nothing measurable); the errors of a kernel's weights add
-up over tissue that is smooth (they are rounded so that they cancel); and where a network is undecided the last bits decide
-(such slices are answered once more, in float32). Measured on the 74 patients of the LGG set with `lgg-flair`: figures in the
-README. The third is for 2D networks, and for each by itself: what several of them say on average may hang on more than that.
+bf16 keeps 8 bits of a number. What that does to an answer comes mostly from three places, and each has its remedy: half of the
+noise is what is rounded first, the image and what the first block makes of it (on a CPU that block stays float32; on a GPU,
+where float32 is slower than bf16 by far more, its first convolution alone); the errors of a kernel's weights add up over tissue
+that is smooth (they are rounded so that they cancel); and where a network is undecided the last bits decide (such slices are
+answered once more, in float32). Measured on the 74 patients of the LGG set with `lgg-flair`: figures in the README. The third
+is for 2D networks, and for each by itself: what several of them say on average may hang on more than that.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +19,12 @@ from torch import Tensor, nn
 from brainseg.unet import UNet
 
 NEAR = 0.02
-"""A probability nearer to the threshold is undecided; bf16 seldom moves one by more there."""
-USUALLY_CHANGE, WORTH = 1 / 8, 8
-"""What share of the undecided pixels float32 is taken to put on the other side before any was looked at, and how many pixels
+"""A probability nearer to the threshold is undecided; bf16 moves one by some 0.004 there, seldom by more than this."""
+USUALLY_CHANGE, WORTH = 0.08, 8
+"""What share of the undecided voxels float32 is taken to put on the other side before any was looked at, and how many voxels
 that guess weighs as much as."""
-TOLERATED = 0.001
-"""Pixels that may still be on the wrong side, as share of a region's: if the guess is right, a Dice to float32's mask of
-about 0.9995."""
+TOLERATED = 0.002
+"""Voxels that may still be on the wrong side, as share of a region's: a Dice to float32's mask of 0.999."""
 TOGETHER = 8
 """Slices that are answered once more before it is asked again whether that is enough."""
 
@@ -55,7 +56,7 @@ def exact_float32() -> None:
 
 
 class Precise(nn.Module):
-    """A layer that stays float32 in a network that is not."""
+    """A layer or block that stays float32 in a network that is not."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -66,18 +67,22 @@ class Precise(nn.Module):
         return y.to(torch.bfloat16)
 
 
-def in_bf16(network: UNet) -> UNet:
-    """A copy for inference that takes float32 slices, computes in bf16 but for its first convolution, and answers in bf16."""
-    network = copy.deepcopy(network)
-    for layer in network.modules():
+def in_bf16(network: UNet, *, first_block: bool) -> UNet:
+    """A copy for inference that takes float32 slices, computes in bf16 but for its first block, or of that the first
+    convolution alone, and answers in bf16."""
+    low = copy.deepcopy(network)
+    for layer in low.modules():
         if isinstance(layer, nn.Conv2d | nn.Conv3d):
             layer.weight.data = rounded(layer.weight.data)
-    first = network.down[0]
-    kept = {name: copy.deepcopy(layer) for name in ("conv1", "shortcut") if (layer := getattr(first, name)) is not None}
-    network.to(torch.bfloat16)
-    for name, layer in kept.items():
-        setattr(first, name, Precise(layer))
-    return network
+    low.to(torch.bfloat16)
+    first = copy.deepcopy(network.down[0])
+    if first_block:
+        low.down[0] = Precise(first)
+    else:
+        for name in ("conv1", "shortcut"):
+            if (layer := getattr(first, name)) is not None:
+                setattr(low.down[0], name, Precise(layer))
+    return low
 
 
 def rounded(weights: Tensor) -> Tensor:
@@ -96,30 +101,35 @@ def rounded(weights: Tensor) -> Tensor:
 
 
 def decided(answer: Tensor, threshold: float, answer_again: Callable[[Tensor], Tensor]) -> Tensor:
-    """A scan's probabilities `(D, R, S, S)` by bf16, changed where it may have decided: there `answer_again` of the slices with
-    these numbers is float32's.
+    """A scan's probabilities `(R, D, h, w)` by bf16, changed where it may have decided: there `answer_again` of the slices with
+    these numbers is float32's. On the scan's own grid: a voxel between two pixels that are sure of themselves may be undecided.
 
-    Region by region, slices with most undecided pixels first. How many pixels change sides there tells how many of the others
+    Region by region, slices with most undecided voxels first. How many voxels change sides there tells how many of the others
     would, and it ends once they are too few to matter: for most scans before it has begun.
     """
-    exact = torch.zeros(len(answer), dtype=torch.bool, device=answer.device)
-    for region in range(answer.shape[1]):
-        near, inside = _undecided(answer[:, region], threshold)
+    exact = torch.zeros(answer.shape[1], dtype=torch.bool, device=answer.device)
+    for region, probability in enumerate(answer):
+        near, inside = _undecided(probability, threshold)
         near[exact] = 0
         seen = changed = 0
-        while int(near.sum()) * (changed + USUALLY_CHANGE * WORTH) / (seen + WORTH) > TOLERATED * inside:
+        while _at_most(int(near.sum()) * (changed + USUALLY_CHANGE * WORTH) / (seen + WORTH)) > TOLERATED * inside:
             most, numbers = near.topk(min(TOGETHER, int(torch.count_nonzero(near))))
             better = answer_again(numbers)
             seen += int(most.sum())
-            changed += int(((better[:, region] > threshold) != (answer[numbers, region] > threshold)).sum())
-            answer[numbers], exact[numbers], near[numbers] = better, True, 0
+            changed += int(((better[region] > threshold) != (probability[numbers] > threshold)).sum())
+            answer[:, numbers], exact[numbers], near[numbers] = better, True, 0
     return answer
 
 
+def _at_most(expected: float) -> float:
+    """As many as may well be there of what so many are expected of: two standard deviations of a count more."""
+    return expected + 2 * math.sqrt(expected)
+
+
 def _undecided(probability: Tensor, threshold: float) -> tuple[Tensor, int]:
-    """Of one region's `(D, S, S)`: undecided pixels of each slice, and how many lie inside in all."""
+    """Of one region's `(D, h, w)`: undecided voxels of each slice, and how many lie inside in all."""
     near = torch.zeros(len(probability), dtype=torch.int64, device=probability.device)
     reached = torch.nonzero(probability.amax(dim=(1, 2)) > threshold - NEAR).flatten()  # nothing is near elsewhere, nor inside
-    pixels = probability[reached].flatten(1)
-    near[reached] = ((pixels - threshold).abs() < NEAR).sum(dim=1)
-    return near, int(torch.count_nonzero(pixels > threshold))
+    voxels = probability[reached].flatten(1)
+    near[reached] = ((voxels - threshold).abs() < NEAR).sum(dim=1)
+    return near, int(torch.count_nonzero(voxels > threshold))

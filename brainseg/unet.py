@@ -137,7 +137,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         levels: list[Tensor] = []  # of the way down first, then replaced by those of the way up
         for number, block in enumerate(self.down):
-            x = block(self.pool(x) if number else x)
+            x = block(_pooled(self.pool, x) if number else x)
             levels.append(x)
         for number in reversed(range(len(self.up))):
             x = self.up[number](torch.cat([levels[number], _lifted(self.lift[number], x)], dim=1))
@@ -146,6 +146,18 @@ class UNet(nn.Module):
         if not (self.training and len(self.coarse_heads)):
             return logits
         return [logits, *(head(level) for head, level in zip(self.coarse_heads, levels[1:], strict=False))]
+
+
+def _pooled(pool: nn.Module, x: Tensor) -> Tensor:
+    """The largest of each two pixels along every axis. For inference on a CPU axis by axis, in half of the time: torch
+    writes down where the largest stood, whether anybody will ask or not."""
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        y: Tensor = pool(x)
+        return y
+    for dim in range(2, x.dim()):
+        before = (slice(None),) * dim
+        x = torch.maximum(x[*before, 0::2], x[*before, 1::2])
+    return x
 
 
 def _lifted(lift: Any, x: Tensor) -> Tensor:

@@ -51,6 +51,26 @@ def test_every_weight_receives_a_gradient():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_pooled_by_halves_the_largest_are_the_same_and_lie_as_before(dimensions, dtype):
+    network = UNet(NetworkConfig(dimensions=dimensions, widths=(8, 16)), 1, 1)
+    x = torch.randn(2, 8, *(8, 6, 4)[:dimensions]).to(dtype).contiguous(memory_format=network.memory_format)
+    x[0, 0, 0, 0], x[1, 1, 1] = float("nan"), 0
+    with torch.inference_mode():
+        mine, torchs = unet._pooled(network.pool, x), network.pool(x)
+    assert torch.equal(mine.nan_to_num(9), torchs.nan_to_num(9))
+    assert torch.equal(mine.isnan(), torchs.isnan())
+    assert mine.is_contiguous(memory_format=network.memory_format)
+
+
+def test_where_gradients_are_asked_for_ties_go_to_one_pixel_as_ever():
+    network = UNet(NetworkConfig(widths=(8, 16)), 1, 1)
+    x = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    unet._pooled(network.pool, x).sum().backward()
+    assert sorted(x.grad.flatten().tolist()) == [0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_a_bias_added_by_itself_in_bf16_is_the_same_bias_and_learns_the_same(dimensions):
     torch.manual_seed(3)

@@ -1,8 +1,8 @@
 """Precision: a network that computes in bf16 and answers, to a thousandth of every mask, what it would in float32.
 
 bf16 keeps 8 bits of a number. What that does to an answer comes mostly from three places, and each has its remedy: half of the
-noise is what is rounded first, the image and what the first block makes of it (on a CPU that block stays float32; on a GPU,
-where float32 is slower than bf16 by far more, its first convolution alone); the errors of a kernel's weights add up over tissue
+noise is what is rounded first, the image and what the first block makes of it (on a CPU that block stays float32; on a GPU, on
+paper 15 times slower in float32 than bf16, its first convolution alone); the errors of a kernel's weights add up over tissue
 that is smooth (they are rounded so that they cancel); and where a network is undecided the last bits decide (such slices are
 answered once more, in float32). Measured on the 74 patients of the LGG set with `lgg-flair`: figures in the README. The third
 is for 2D networks, and for each by itself: what several of them say on average may hang on more than that.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from brainseg.unet import UNet
 
 NEAR = 0.02
-"""A probability nearer to the threshold is undecided; bf16 moves one by some 0.004 there, seldom by more than this."""
+"""A probability nearer to the threshold is undecided; bf16 moves one by some 0.004 to 0.007 there, seldom by more than this."""
 USUALLY_CHANGE, WORTH = 0.08, 8
 """What share of the undecided voxels float32 is taken to put on the other side before any was looked at, and how many voxels
 that guess weighs as much as."""

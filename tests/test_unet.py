@@ -53,7 +53,7 @@ def test_every_weight_receives_a_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_pooled_by_halves_the_largest_are_the_same_and_lie_as_before(dimensions, dtype):
+def test_pooled_axis_by_axis_the_largest_are_the_same_and_lie_as_before(dimensions, dtype):
     network = UNet(NetworkConfig(dimensions=dimensions, widths=(8, 16)), 1, 1)
     x = torch.randn(2, 8, *(8, 6, 4)[:dimensions]).to(dtype).contiguous(memory_format=network.memory_format)
     x[0, 0, 0, 0], x[1, 1, 1] = float("nan"), 0

@@ -176,28 +176,38 @@ def _lifted(lift: Any, x: Tensor) -> Tensor:
 class Activated(nn.Module):
     """A convolution and the activation after it, for inference: on a CPU oneDNN does both in one pass, to the same bits (what a
     leaky one lets through in bf16 is rounded once, not twice). It is called as torch's own compiler calls it, and done without
-    where that is not there."""
+    where that is not there. So that not every batch lays out the weights anew as oneDNN reads them, that is done once, with
+    the first: they must not change afterwards."""
 
     def __init__(self, convolution: nn.Conv2d | nn.Conv3d, activation: nn.Module) -> None:
         super().__init__()
         self.convolution = convolution
         self.activation = activation
+        self._packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor
         if x.device.type == "cpu" and not torch.is_grad_enabled() and _activates_in_one_pass(x.dtype):
             c, leaks = self.convolution, isinstance(self.activation, nn.LeakyReLU)
-            how = (c.padding, c.stride, c.dilation, c.groups, "leaky_relu" if leaks else "relu", [LEAK] if leaks else [], "")
-            y = torch.ops.mkldnn._convolution_pointwise(x, c.weight, c.bias, *how)
+            layout = (c.padding, c.stride, c.dilation, c.groups)
+            if self._packed is None or self._packed.dtype != x.dtype:
+                self._packed = torch.ops.mkldnn._reorder_convolution_weight(c.weight, *layout, x.shape)
+            how = (*layout, "leaky_relu" if leaks else "relu", [LEAK] if leaks else [], "")
+            y = torch.ops.mkldnn._convolution_pointwise(x, self._packed, c.bias, *how)
         else:
             y = self.activation(self.convolution(x))
         return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy lays its weights out by itself: what oneDNN reads cannot be copied."""
+        return self.__dict__ | {"_packed": None}
 
 
 @functools.cache
 def _activates_in_one_pass(dtype: torch.dtype) -> bool:
     """Whether this CPU can: asked for bf16 on one without AVX-512, oneDNN refuses, where torch itself only takes its time."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):  # type: ignore[no-untyped-call]
+    needed = ("_convolution_pointwise", "_reorder_convolution_weight")
+    if not (torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in needed)):  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 

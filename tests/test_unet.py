@@ -1,5 +1,7 @@
 """The network: built from its config, it answers in the shape it was asked in, and learns."""
 
+import copy
+
 import pytest
 import torch
 from factory import tiny_config
@@ -177,6 +179,18 @@ class TestActivationsAreDoneAlongWithConvolutions:
             assert torch.equal(together, apart)
         else:  # what leaks is rounded once where it was twice
             assert (together - apart).norm() < 0.01 * apart.norm()
+
+    @pytest.mark.parametrize("dimensions", [2, 3])
+    def test_weights_laid_out_with_the_first_batch_serve_the_others_and_are_left_out_of_copies(self, monkeypatch, dimensions):
+        network = folded(UNet(NetworkConfig(dimensions=dimensions, widths=(8, 16, 16)), 2, 1))
+        batches = [torch.randn(count, 2, *[side] * dimensions) for count, side in ((1, 16), (5, 16), (2, 24))]
+        with torch.inference_mode():
+            together = [network(x) for x in batches]
+            copied = copy.deepcopy(network).to(torch.float64)(batches[0].double())
+            monkeypatch.setattr(unet, "_activates_in_one_pass", lambda _: False)
+            apart = [network(x) for x in batches]
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, apart, strict=True))
+        assert torch.allclose(copied.float(), together[0], atol=1e-4)
 
     def test_not_where_a_norm_stands_between_them_nor_before_the_shortcut_is_added(self):
         grouped = folded(UNet(NetworkConfig(widths=(8, 8), norm="group"), 1, 1))

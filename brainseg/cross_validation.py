@@ -33,6 +33,8 @@ from brainseg.watch import Watcher
 OUT_OF_FOLD, OUT_OF_FOLD_CHOSEN = "out_of_fold.parquet", "out_of_fold_chosen.parquet"
 SMALL_TUMOUR_VOXELS = 6000
 """A label below this is a small tumour: a line of its own, since a few voxels decide its Dice."""
+NEARLY_ALL = 0.9
+"""A group of so many is no group: single images hardly ever show more of a tumour than that."""
 MOST_NAMED = 10
 """Missing scans that the words name; the JSON names them all."""
 RULES: tuple[Rule, ...] = ("exclude", "brats")
@@ -143,13 +145,12 @@ def _subgroups(rows: pa.Table, cards: Mapping[int, ModelCard], small_tumour_voxe
     """Scans that a mean over all hides: figures of those with a small tumour, and of those with a substituted modality.
 
     A modality that equals another one in every voxel stands in for one that was never taken. Folds that were trained before
-    that was recorded have no such group.
+    that was recorded have no such group. Where nearly all tumours are small, as in single images, they are no group either.
     """
-    voxels = rows["label_voxels"]
-    small = pc.fill_null(pc.and_(pc.greater(voxels, 0), pc.less(voxels, small_tumour_voxels)), False)
-    out = [
-        {"name": "small_tumours", "what": f"label under {small_tumour_voxels} voxels", "regions": _figures(rows.filter(small))}
-    ]
+    tumours = rows.filter(pc.fill_null(pc.greater(rows["label_voxels"], 0), False))
+    small = tumours.filter(pc.less(tumours["label_voxels"], small_tumour_voxels))
+    figures = _figures(small) if small.num_rows < NEARLY_ALL * tumours.num_rows else {}
+    out = [{"name": "small_tumours", "what": f"label under {small_tumour_voxels} voxels", "regions": figures}]
     recorded = [card.metrics.get("held_out_duplicated") for card in cards.values()]
     if None not in recorded:
         scans = {scan: equal for one in recorded for scan, equal in (one or {}).items()}

@@ -121,6 +121,13 @@ def test_small_tumours_have_figures_of_their_own(finished):
     assert subgroup(cross_validate(*finished, RECIPE, small_tumour_voxels=2001), "small_tumours")["num_scans"] == 2
 
 
+def test_small_tumours_are_no_group_where_nearly_all_are_small(finished):
+    body = cross_validate(*finished, RECIPE, small_tumour_voxels=10**9)
+    assert figures(body)["num_scans"] > 0
+    assert body["subgroups"][0]["regions"] == {}
+    assert "label under" not in describe(body, "OUT")
+
+
 def test_patients_with_a_substituted_modality_have_figures_of_their_own(finished):
     body = cross_validate(*finished, RECIPE)
     group = subgroup(body, "substituted_modality")

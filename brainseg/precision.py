@@ -20,12 +20,12 @@ from brainseg.unet import UNet
 
 NEAR = 0.02
 """A probability nearer to the threshold is undecided; bf16 moves one by some 0.004 to 0.007 there, seldom by more than this."""
-USUALLY_CHANGE, WORTH = 0.08, 8
+USUALLY_CHANGE, WORTH = 0.12, 8
 """What share of the undecided voxels float32 is taken to put on the other side before any was looked at, and how many voxels
 that guess weighs as much as."""
 TOLERATED = 0.002
 """Voxels that may still be on the wrong side, as share of a region's: a Dice to float32's mask of 0.999."""
-TOGETHER = 8
+TOGETHER = 4
 """Slices that are answered once more before it is asked again whether that is enough."""
 
 

@@ -192,6 +192,18 @@ class TestActivationsAreDoneAlongWithConvolutions:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, apart, strict=True))
         assert torch.allclose(copied.float(), together[0], atol=1e-4)
 
+    @pytest.mark.skipif(not unet._activates_in_one_pass(torch.bfloat16), reason="this CPU cannot in bf16")
+    @pytest.mark.parametrize("dimensions", [2, 3])
+    def test_a_bias_is_not_rounded_with_the_weights(self, dimensions):
+        layer = UNet(NetworkConfig(dimensions=dimensions, widths=(8, 8), norm="none"), 1, 1).down[0].conv1
+        nn.init.ones_(layer.weight)
+        nn.init.constant_(layer.bias, 2**-10 - 27)  # bf16 has no number between -27.125 and -26.875 but -27
+        layer = Activated(layer, nn.ReLU()).to(torch.bfloat16)
+        with torch.inference_mode():
+            answer = layer(torch.full((1, 1, *[8] * dimensions), 27 / 3**dimensions, dtype=torch.bfloat16))
+        middle = (0, 0, *[4] * dimensions)
+        assert answer[middle] == 2**-10
+
     def test_not_where_a_norm_stands_between_them_nor_before_the_shortcut_is_added(self):
         grouped = folded(UNet(NetworkConfig(widths=(8, 8), norm="group"), 1, 1))
         assert not any(isinstance(module, Activated) for module in grouped.modules())

@@ -231,12 +231,24 @@ class Model(Segmenter):
 
     @torch.inference_mode()
     def _answered_together(self, loaded: Sequence[Loaded]) -> list[tuple[Loaded, Tensor | None, Tensor]]:
-        """Each scan, its slices if there may be doubts about them, and the answer `(D, R, S, S)` on the model grid."""
+        """Each scan, its slices if there may be doubts about them, and the answer `(D, R, S, S)` on the model grid.
+
+        A scan of one slice float32 answers at once: after bf16 hardly one would be left without a doubt.
+        """
         stacks = [self._slices(one) for one in loaded]
-        together = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
-        answers = torch.split(self._forward(together), [len(s) for s in stacks])
-        kept = [None if self.precise is None else stack for stack in stacks]
+        kept = [stack if self.precise is not None and len(stack) > 1 else None for stack in stacks]
+        exact = [stack for stack, doubted in zip(stacks, kept, strict=True) if doubted is None]
+        quickly = iter(self._answer([stack for stack in kept if stack is not None], self.network))
+        exactly = iter(self._answer(exact, self.precise or self.network))
+        answers = [next(exactly if stack is None else quickly) for stack in kept]
         return list(zip(loaded, kept, answers, strict=True))
+
+    def _answer(self, stacks: list[Tensor], network: UNet) -> Sequence[Tensor]:
+        """Of each stack of slices the answer, in batches shared by all of them."""
+        if not stacks:
+            return ()
+        together = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+        return torch.split(self._forward(together, network), [len(stack) for stack in stacks])
 
     @torch.inference_mode()
     def _on_crop(self, one: Loaded, answer: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,6 +155,22 @@ class TestAModelInBf16:
         (mine,), (others,) = (list(m.probabilities([make_scan()])) for m in (low, high))
         assert not torch.equal(mine, others)
         assert torch.allclose(mine, others, atol=0.02)
+
+    def test_a_scan_of_one_slice_is_answered_by_float32_at_once_and_others_beside_it_are_not(self, monkeypatch):
+        low, high = self.make("bf16", 0.9), self.make("fp32", 0.9)
+        asked = []
+        forward = low._forward
+        monkeypatch.setattr(low, "_forward", lambda s, network=None: asked.append((len(s), network)) or forward(s, network))
+        volume = make_scan()
+        slice_ = replace(volume, image=volume.image[:, 2:3])
+        (first, second, third), (one, two) = (
+            list(m.probabilities(s)) for m, s in ((low, [slice_, volume, slice_]), (high, [slice_, volume]))
+        )
+        assert [(count, network is low.precise) for count, network in asked[:2]] == [(second.shape[1], False), (2, True)]
+        assert torch.allclose(first, one, rtol=0, atol=1e-6)
+        assert torch.equal(first, third)
+        assert not torch.equal(second, two)
+        assert torch.allclose(second, two, atol=0.02)
 
     def test_no_layer_is_left_behind_where_it_cannot_compute(self):
         assert not [m for m in self.make("fp32", 0.5).network.modules() if isinstance(m, Precise)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from brainseg.unet import UNet
 
 NEAR = 0.02
-"""A probability nearer to the threshold is undecided; bf16 moves one by some 0.004 to 0.007 there, seldom by more than this."""
+"""A probability nearer to the threshold is undecided; bf16 moves one by some 0.003 to 0.005 there, seldom by more than this."""
 USUALLY_CHANGE, WORTH = 0.12, 8
 """What share of the undecided voxels float32 is taken to put on the other side before any was looked at, and how many voxels
 that guess weighs as much as."""

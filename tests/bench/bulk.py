@@ -57,7 +57,7 @@ def copied_archive(root: Path, scans: int, distinct: int) -> Path:
     """`scans` cases of 240x240x155, of which `distinct` are different; the others are the same files under other names."""
     from brainseg.phantom import write_archive
 
-    archive = root / "archive"
+    archive = root / f"archive-{scans}"
     made = root / "made"
     if not made.exists():
         write_archive(made, "brats", scans=distinct, shape=(155, 240, 240), seed=5)

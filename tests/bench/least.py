@@ -28,7 +28,7 @@ import ray.data  # noqa: E402
 import torch  # noqa: E402
 from bulk import bare_pace, copied_archive, slices_of  # noqa: E402
 
-from brainseg import manifest, memory  # noqa: E402
+from brainseg import manifest, memory, session  # noqa: E402
 from brainseg.config import SegmentConfig  # noqa: E402
 from brainseg.masks import encode_mask  # noqa: E402
 from brainseg.model import load_model  # noqa: E402
@@ -66,7 +66,7 @@ def pace(archive: Path, model: str, precision: str, actors: int, out: Path) -> f
     out.mkdir(parents=True, exist_ok=True)
     rows = manifest.index_archive(str(archive))[0]
     blocks = [rows.slice(first, SCANS_PER_PART) for first in range(0, len(rows), SCANS_PER_PART)]
-    ray.init(address="local", num_cpus=actors + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    session.connect()
     made = ray.data.from_arrow(blocks).map_batches(
         Masks,
         fn_constructor_args=(model, precision, str(out)),

@@ -53,7 +53,7 @@ def main() -> None:
     words.add_argument("--actors", type=int, default=os.cpu_count())
     words.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "brainseg-bench")
     chosen = words.parse_args()
-    archive = copied_archive(chosen.work / f"of-{chosen.scans}", chosen.scans, 6)
+    archive = copied_archive(chosen.work, chosen.scans, 6)
     pace: dict[float, float] = {}
     with fault_proxy.faulty_store() as proxy:
         home = f"s3://{BUCKET}/latency"
